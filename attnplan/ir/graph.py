@@ -1,0 +1,164 @@
+"""Graphs: an ordered tuple of frozen nodes. The tuple is the truth and the schedule; networkx is a derived view."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+import attrs
+
+from attnplan.errors import PassError
+from attnplan.ir.ops import Input, Op, Output, TensorType
+
+if TYPE_CHECKING:
+    import networkx
+
+T = TypeVar("T", bound=Op)
+
+
+@attrs.frozen(cache_hash=True)
+class Node:
+    """One operation applied to the results of earlier nodes."""
+
+    id: int
+    op: Op
+    args: tuple[int, ...]
+    type: TensorType
+
+
+@attrs.frozen(cache_hash=True)
+class Graph:
+    """An attention program. The last node is the output."""
+
+    nodes: tuple[Node, ...]
+
+    def __getitem__(self, node_id: int) -> Node:
+        return self.nodes[node_id]
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes)
+
+    @property
+    def output(self) -> Node:
+        """The output node."""
+        return self.nodes[-1]
+
+    @property
+    def inputs(self) -> dict[str, Node]:
+        """The input nodes by operand name."""
+        return {n.op.tensor: n for n in self.nodes if isinstance(n.op, Input)}
+
+    def of(self, kind: type[T]) -> tuple[tuple[Node, T], ...]:
+        """Return the nodes of one kind, each with its op."""
+        return tuple((n, n.op) for n in self.nodes if isinstance(n.op, kind))
+
+    def args(self, node: Node) -> tuple[Node, ...]:
+        """Return the nodes whose results ``node`` takes, in order."""
+        return tuple(self.nodes[i] for i in node.args)
+
+    def verify(self) -> None:
+        """Check the structure and infer every type again.
+
+        Raises
+        ------
+        PassError
+            If ids or operands are out of order, a type is not what its op infers, a node is unused, or the output
+            does not hold every row of q once, in order.
+        """
+        for place, node in enumerate(self.nodes):
+            if node.id != place or any(not 0 <= a < place for a in node.args):
+                raise PassError(
+                    f"%{node.id} stands at place {place} and takes {list(node.args)}: nodes are out of order"
+                )
+            inferred = node.op.infer([self.nodes[a].type for a in node.args])
+            if inferred != node.type:
+                raise PassError(f"%{node.id} {node.op.name} has type {node.type}, its operands make it {inferred}")
+        used = {a for n in self.nodes for a in n.args}
+        unused = [f"%{n.id} {n.op.name}" for n in self.nodes[:-1] if n.id not in used and not isinstance(n.op, Input)]
+        if unused:
+            raise PassError(f"nothing uses {', '.join(unused)}")
+        if not self.nodes or [n.id for n in self.nodes if isinstance(n.op, Output)] != [len(self.nodes) - 1]:
+            raise PassError("a graph has one output, and it is the last node")
+        if sorted(n.op.tensor for n, _ in self.of(Input) if isinstance(n.op, Input)) != ["k", "q", "v"]:
+            raise PassError("a graph has the inputs q, k and v, once each")
+        if self.output.type.rows != self.inputs["q"].type.rows:
+            raise PassError("the output does not hold every row of q once, in order")
+
+    def as_networkx(self) -> networkx.MultiDiGraph:
+        """Return a frozen multigraph view: nodes carry ``node``, edges carry ``operand``, the position they feed."""
+        import networkx
+
+        view = networkx.MultiDiGraph()
+        for node in self.nodes:
+            view.add_node(node.id, node=node)
+            view.add_edges_from((arg, node.id, {"operand": place}) for place, arg in enumerate(node.args))
+        return networkx.freeze(view)
+
+    def __str__(self) -> str:
+        from attnplan.ir.text import print_graph
+
+        return print_graph(self)
+
+
+class Builder:
+    """Builds a graph node by node; an equal node is built once."""
+
+    def __init__(self) -> None:
+        self._nodes: list[Node] = []
+        self._known: dict[tuple[Op, tuple[int, ...]], int] = {}
+
+    def add(self, op: Op, *args: int) -> int:
+        """Append a node, its type inferred, and return its id."""
+        key = (op, args)
+        if key not in self._known:
+            inferred = op.infer([self._nodes[a].type for a in args])
+            self._known[key] = len(self._nodes)
+            self._nodes.append(Node(len(self._nodes), op, args, inferred))
+        return self._known[key]
+
+    def type(self, node_id: int) -> TensorType:
+        """Return the type of a node built earlier."""
+        return self._nodes[node_id].type
+
+    def op(self, node_id: int) -> Op:
+        """Return the op of a node built earlier."""
+        return self._nodes[node_id].op
+
+    def args(self, node_id: int) -> tuple[int, ...]:
+        """Return the operands of a node built earlier."""
+        return self._nodes[node_id].args
+
+    def source(self, node_id: int) -> int:
+        """Return the input that a node is, or takes rows of."""
+        node = self._nodes[node_id]
+        return node.id if isinstance(node.op, Input) else self.source(node.args[0])
+
+    def build(self, output: int) -> Graph:
+        """Return the graph that ends in ``output``, without the nodes it does not need (inputs always stay)."""
+        live = {output}
+        for node in reversed(self._nodes):
+            if node.id in live:
+                live.update(node.args)
+        kept = [n for n in self._nodes if n.id in live or isinstance(n.op, Input)]
+        kept.sort(key=lambda n: n.id == output)  # stable: the output goes last
+        place = {n.id: i for i, n in enumerate(kept)}
+        return Graph(tuple(attrs.evolve(n, id=place[n.id], args=tuple(place[a] for a in n.args)) for n in kept))
+
+
+def rewrite(graph: Graph, visit: Callable[[Builder, Node, tuple[int, ...]], int | None]) -> Graph:
+    """Rebuild ``graph``, letting ``visit`` replace nodes.
+
+    ``visit(builder, node, args)`` gets each node with its operands already rewritten, and returns the id of its
+    replacement, or None to keep it. If nothing changes the same object is returned.
+    """
+    builder = Builder()
+    new: dict[int, int] = {}
+    for node in graph.nodes:
+        args = tuple(new[a] for a in node.args)
+        replacement = visit(builder, node, args)
+        new[node.id] = builder.add(node.op, *args) if replacement is None else replacement
+    result = builder.build(new[graph.output.id])
+    return graph if result == graph else result

@@ -1,0 +1,201 @@
+"""The operations of the IR: a small closed set. An op holds options, never tensors, and infers its result's type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import attrs
+
+from attnplan.errors import PassError
+from attnplan.ir.rows import Axis, RowMap
+from attnplan.patterns import Pattern, full
+
+SHORT_DTYPES = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+
+@attrs.frozen(cache_hash=True)
+class TensorType:
+    """Type of a value: what its elements are, and which rows of which tensor."""
+
+    tensor: str
+    """``"q"``, ``"k"``, ``"v"``, or ``"o"`` for attention output."""
+    rows: RowMap
+    features: int
+    dtype: str
+    lse: bool = False
+    """Whether the value carries one log-sum-exp per row beside its features."""
+
+    def __str__(self) -> str:
+        sizes = ", ".join(str(n) for n in (*self.rows.sizes, self.features))
+        return f"{SHORT_DTYPES[self.dtype]}[B, {sizes}]{' + lse' if self.lse else ''}"
+
+
+def _need(condition: bool, op: Op, message: str) -> None:
+    if not condition:
+        raise PassError(f"{op.name}: {message}")
+
+
+@attrs.frozen(cache_hash=True)
+class Op:
+    """An operation: a kebab-case ``name``, options as fields, and a rule for the type of its result."""
+
+    name: ClassVar[str]
+
+    def infer(self, types: Sequence[TensorType]) -> TensorType:
+        """Return the type of the result; raise :class:`~attnplan.errors.PassError` where operands do not fit."""
+        raise NotImplementedError
+
+
+@attrs.frozen(cache_hash=True)
+class Input(Op):
+    """An operand of the call: all rows of q, k or v. Heads in ``groups`` of query heads per key/value head."""
+
+    name: ClassVar[str] = "input"
+    tensor: str
+    heads: int
+    group: int
+    length: int
+    features: int
+    dtype: str
+
+    @property
+    def rows(self) -> RowMap:
+        """The whole tensor; grouped heads have an axis for the query heads of a group, of size 1 in k and v."""
+        if self.group == 1:
+            return RowMap.whole(self.heads, self.length)
+        if self.tensor == "q":
+            return RowMap.whole(self.heads, self.length, self.group)
+        return RowMap(0, 0, (Axis(self.heads, head=1), Axis(1), Axis(self.length, row=1)))
+
+    def infer(self, types: Sequence[TensorType]) -> TensorType:
+        _need(not types, self, "takes no operands")
+        _need(self.tensor in ("q", "k", "v"), self, f"there is no operand {self.tensor!r}")
+        return TensorType(self.tensor, self.rows, self.features, self.dtype)
+
+
+@attrs.frozen(cache_hash=True)
+class Take(Op):
+    """Some rows of an input, as a strided view or a copy of it."""
+
+    name: ClassVar[str] = "take"
+    rows: RowMap
+
+    def infer(self, types: Sequence[TensorType]) -> TensorType:
+        _need(len(types) == 1 and types[0].rows.keeps_rows, self, "takes one whole input")
+        source = types[0].rows
+        _need(all(a.size > 0 for a in self.rows.axes), self, f"takes no rows at all: {self.rows.sizes}")
+        _need(
+            self.rows.head >= 0 and self.rows.row >= 0 and all(a.head >= 0 and a.row >= 0 for a in self.rows.axes),
+            self,
+            "steps backwards",
+        )
+        _need(
+            self.rows.last_head <= source.last_head and self.rows.last_row <= source.last_row,
+            self,
+            f"reaches head {self.rows.last_head}, row {self.rows.last_row} of an input whose last are "
+            f"{source.last_head}, {source.last_row}",
+        )
+        return attrs.evolve(types[0], rows=self.rows)
+
+
+@attrs.frozen(cache_hash=True)
+class Attend(Op):
+    """Attention of query rows over key rows, for each index of the batch axes; axes of size 1 in k and v broadcast."""
+
+    name: ClassVar[str] = "attend"
+    where: Pattern = attrs.field(factory=full)
+    """Which of the pairs meet, in terms of global heads and positions."""
+    branch: int = 0
+    shift: int | None = 0
+    """Position of query row 0; None if it arrives with the call."""
+    scale: float = 1.0
+    softcap: float | None = None
+    dropout: float = 0.0
+    precision: str = "ieee"
+
+    def infer(self, types: Sequence[TensorType]) -> TensorType:
+        _need(len(types) == 3, self, f"takes q, k and v, got {len(types)} operands")
+        q, k, v = types
+        _need((q.tensor, k.tensor, v.tensor) == ("q", "k", "v"), self, f"got {q.tensor}, {k.tensor}, {v.tensor}")
+        _need(k.rows == v.rows, self, "the rows of k and of v differ")
+        _need(q.features == k.features, self, f"q has {q.features} features, k has {k.features}")
+        _need(len(q.rows.axes) == len(k.rows.axes), self, "q and k have different numbers of axes")
+        for a, b in zip(q.rows.batch, k.rows.batch, strict=True):
+            _need(b.size in (1, a.size), self, f"batch axes do not broadcast: {q.rows.sizes} and {k.rows.sizes}")
+        return TensorType("o", q.rows, v.features, q.dtype, lse=True)
+
+
+def _same_kind(op: Op, types: Sequence[TensorType]) -> None:
+    _need(len(types) > 0, op, "needs at least one part")
+    for t in types:
+        _need(t.tensor == "o" and t.lse, op, f"takes attention outputs with LSE, got {t}")
+        _need((t.features, t.dtype) == (types[0].features, types[0].dtype), op, f"{t} does not fit {types[0]}")
+
+
+@attrs.frozen(cache_hash=True)
+class Merge(Op):
+    """Join parts of one softmax by their log-sum-exps; rows that no part covers get output 0 and LSE -inf."""
+
+    name: ClassVar[str] = "merge"
+    rows: RowMap
+
+    def infer(self, types: Sequence[TensorType]) -> TensorType:
+        _same_kind(self, types)
+        return attrs.evolve(types[0], rows=self.rows)
+
+
+@attrs.frozen(cache_hash=True)
+class Mix(Op):
+    """Mix the branches of a mixture. The parts of one branch cover disjoint rows."""
+
+    name: ClassVar[str] = "mix"
+    rows: RowMap
+    rule: str
+    branches: tuple[int, ...]
+    """The branch of each operand."""
+    count: int
+    """Number of branches, covered or not."""
+    weights: tuple[float, ...] | None = None
+    """Constant weight of each of the ``count`` branches, for the sum."""
+
+    def weight(self, branch: int) -> float:
+        """Return the constant weight of a branch under the ``mean`` and ``sum`` rules."""
+        if self.rule == "mean":
+            return 1 / self.count
+        return 1.0 if self.weights is None else self.weights[branch]
+
+    def infer(self, types: Sequence[TensorType]) -> TensorType:
+        _same_kind(self, types)
+        _need(len(self.branches) == len(types), self, f"{len(types)} operands, {len(self.branches)} branch labels")
+        _need(all(0 <= b < self.count for b in self.branches), self, f"labels {self.branches} of {self.count} branches")
+        _need(self.weights is None or len(self.weights) == self.count, self, "needs one weight per branch")
+        for branch in set(self.branches):
+            parts = [t.rows for t, b in zip(types, self.branches, strict=True) if b == branch]
+            _need(disjoint(parts), self, f"two parts of branch {branch} write the same row")
+        return attrs.evolve(types[0], rows=self.rows, lse=self.rule in ("lse", "lse-detached"))
+
+
+@attrs.frozen(cache_hash=True)
+class Output(Op):
+    """The result of the graph."""
+
+    name: ClassVar[str] = "output"
+
+    def infer(self, types: Sequence[TensorType]) -> TensorType:
+        _need(len(types) == 1 and types[0].tensor == "o", self, "takes one attention output")
+        return types[0]
+
+
+OPS: dict[str, type[Op]] = {op.name: op for op in (Input, Take, Attend, Merge, Mix, Output)}
+
+
+def disjoint(maps: Sequence[RowMap]) -> bool:
+    """Return whether no two maps share a (head, row); may say False of maps whose row ranges interleave."""
+    if len(maps) < 2:
+        return True
+    ranges: dict[int, list[tuple[int, int]]] = {}
+    for rows in maps:
+        for head, extent in rows.head_extents().items():
+            ranges.setdefault(head, []).append(extent)
+    return all(a[1] < b[0] for spans in ranges.values() for a, b in zip(sorted(spans), sorted(spans)[1:], strict=False))

@@ -1,0 +1,161 @@
+"""``lattice``: segments and dilation become dense attention over strided rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import reduce
+from itertools import product
+from operator import and_
+from typing import ClassVar
+
+import attrs
+
+from attnplan.ir import Attend, Axis, Builder, Graph, Merge, Node, RowMap, Take, rewrite
+from attnplan.passes.base import Pass
+from attnplan.patterns import full
+from attnplan.patterns.base import conjuncts
+from attnplan.patterns.segments import Dilated
+from attnplan.patterns.sums import Conjunction
+
+
+@attrs.frozen
+class Lattice(Pass):
+    """Replace a segment condition by cells: whole segments as one axis of a strided view, ragged ones by themselves.
+
+    Row i of segment t of a head with offset s is row ``t*w + s + r*i``. Heads whose offsets form a progression stay
+    together in one cell, with the head and the row moving along the same axis.
+
+    References
+    ----------
+    Ding et al., LongNet, arXiv 2307.02486, section 2.2: dilated attention as dense attention over gathered rows.
+    """
+
+    name: ClassVar[str] = "lattice"
+
+    def __call__(self, graph: Graph) -> Graph:
+        return rewrite(graph, _visit)
+
+
+@attrs.frozen
+class Box:
+    """A range of indices along each batch axis of q, and the dilation offset at each of them."""
+
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    offset: int
+    steps: tuple[int, ...]
+
+    def offsets(self) -> Iterator[int]:
+        """Iterate over the offsets inside the box."""
+        for index in product(*(range(n) for n in self.sizes)):
+            yield self.offset + sum(i * s for i, s in zip(index, self.steps, strict=True))
+
+    def cut(self, axis: int, at: int) -> tuple[Box, Box]:
+        """Return the parts before and from index ``at`` of ``axis``."""
+        low = tuple(at if i == axis else n for i, n in enumerate(self.sizes))
+        high = tuple(n - at if i == axis else n for i, n in enumerate(self.sizes))
+        starts = tuple(s + at if i == axis else s for i, s in enumerate(self.starts))
+        return attrs.evolve(self, sizes=low), Box(starts, high, self.offset + at * self.steps[axis], self.steps)
+
+
+@attrs.frozen
+class Region:
+    """``count`` neighbouring segments from ``start`` on, and the positions in the first that q and k have."""
+
+    start: int
+    count: int
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+
+    def extent(self, offset: int, rate: int) -> tuple[int, int, int, int]:
+        """Return (rows skipped, rows) of q and of k for one offset."""
+        result: tuple[int, ...] = ()
+        for low, high in (self.queries, self.keys):
+            skipped = max(0, -((self.start + offset - low) // rate))
+            first = self.start + offset + skipped * rate
+            result += (skipped, max(0, -((first - high) // rate)))
+        return result  # type: ignore[return-value]
+
+
+def _visit(builder: Builder, node: Node, args: tuple[int, ...]) -> int | None:
+    op = node.op
+    if not isinstance(op, Attend) or op.shift is None:
+        return None
+    q, k = (builder.type(a).rows for a in args[:2])
+    conjunction = Conjunction.of(op.where)
+    if len(conjunction.dilated) != 1 or conjunction.heads or not (q.keeps_rows and k.keeps_rows):
+        return None
+    part = conjunction.dilated[0]
+    box = _offset_box(part, q)
+    if box is None:
+        return None
+    rest = [c for c in conjuncts(op.where) if not isinstance(c, Dilated)]
+    inner = attrs.evolve(op, where=reduce(and_, rest) if rest else full())
+    sources = [builder.source(a) for a in args]
+    parts = []
+    for rows_q, rows_k in _cells(part, box, op.shift, q, k):
+        takes = [builder.add(Take(r), s) for r, s in zip((rows_q, rows_k, rows_k), sources, strict=True)]
+        parts.append(builder.add(inner, *takes))
+    return builder.add(Merge(builder.type(sources[0]).rows), *parts) if parts else None
+
+
+def _offset_box(part: Dilated, q: RowMap) -> Box | None:
+    """Return the offsets of the heads of q as an affine function of the batch axes, or None if they are not one."""
+    origin = int(part.offset_of(q.head))
+    steps = tuple(int(part.offset_of(q.head + a.head)) - origin if a.size > 1 else 0 for a in q.batch)
+    for index, head in q.batch_heads():
+        if part.offset_of(head) != origin + sum(i * s for i, s in zip(index, steps, strict=True)):
+            return None
+    return Box((0,) * len(steps), tuple(a.size for a in q.batch), origin, steps)
+
+
+def _regions(length: int, shift: int, seq_len: int, kv_len: int) -> Iterator[Region]:
+    """Iterate over the segments that hold queries and keys: the whole ones together, ragged ones alone."""
+    first, last = max(shift, 0), min(shift + seq_len, kv_len)
+    whole, end = -(-first // length), last // length
+    if whole < end:
+        span = (whole * length, (whole + 1) * length)
+        yield Region(whole * length, end - whole, span, span)
+    ragged = {t for t, cut in ((first // length, first % length), (last // length, last % length)) if cut}
+    for t in sorted(ragged):
+        low, high = t * length, (t + 1) * length
+        yield Region(low, 1, (max(low, first), min(high, shift + seq_len)), (low, min(high, kv_len)))
+
+
+def _uniform(box: Box, region: Region, rate: int) -> Iterator[Box]:
+    """Cut a box until all its offsets have the same numbers of rows."""
+    extents = {region.extent(o, rate) for o in box.offsets()}
+    if len(extents) <= 1:
+        yield box
+        return
+    axis = next(i for i, (n, s) in enumerate(zip(box.sizes, box.steps, strict=True)) if n > 1 and s)
+    along = [region.extent(box.offset + i * box.steps[axis], rate) for i in range(box.sizes[axis])]
+    at = next((i for i, e in enumerate(along) if e != along[0]), box.sizes[axis] // 2)
+    for half in box.cut(axis, at):
+        yield from _uniform(half, region, rate)
+
+
+def _cells(part: Dilated, box: Box, shift: int, q: RowMap, k: RowMap) -> Iterator[tuple[RowMap, RowMap]]:
+    for region in _regions(part.length, shift, q.length, k.length):
+        for piece in _uniform(box, region, part.rate):
+            q_skip, q_rows, k_skip, k_rows = region.extent(piece.offset, part.rate)
+            if q_rows and k_rows:
+                start = region.start + piece.offset
+                repeat = (Axis(region.count, row=part.length),) if region.count > 1 else ()
+                yield (
+                    _view(q, piece, start + q_skip * part.rate - shift, repeat, Axis(q_rows, row=part.rate)),
+                    _view(k, piece, start + k_skip * part.rate, repeat, Axis(k_rows, row=part.rate)),
+                )
+
+
+def _view(whole: RowMap, piece: Box, row: int, repeat: tuple[Axis, ...], rows: Axis) -> RowMap:
+    """Return the rows of one tensor in a cell; an axis that the tensor broadcasts along stays of size 1."""
+    head = whole.head
+    axes = []
+    for axis, start, size, step in zip(whole.batch, piece.starts, piece.sizes, piece.steps, strict=True):
+        if axis.size == 1:
+            axes.append(axis)
+            continue
+        head += start * axis.head
+        axes.append(Axis(size, head=axis.head, row=step))
+    return RowMap(head, row, (*axes, *repeat, rows))

@@ -1,0 +1,147 @@
+"""Attention over the axes of a row map: fold them into a kernel's two batch dimensions, launch, unfold."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnplan.ir.launch import fold
+from attnplan.runtime.kernels import KERNELS
+
+
+class _Folding:
+    """Folds tensors ``[B, *axes, R, D]`` into ``[N, M, R, D]`` and back, as views where strides allow."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.sizes = q.shape[:-2]
+        broadcast = [[0 if n == 1 else s for n, s in zip(x.shape[:-2], x.stride(), strict=False)] for x in (k, v)]
+        first, self.second = fold(self.sizes, [q.stride()[:-2], *broadcast]).groups
+        self.first = (*(a for a in range(len(self.sizes)) if a not in first + self.second), *first)
+        self.order = (*self.first, *self.second)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Fold ``x``, whose axes may have size 1 where it broadcasts; what heads share is not copied for each."""
+        tail = x.shape[len(self.sizes) :]
+        shared = all(x.shape[a] == 1 for a in self.second)
+        wide = x.expand(*(1 if shared and a in self.second else n for a, n in enumerate(self.sizes)), *tail)
+        ordered = wide.permute(*self.order, *range(len(self.sizes), x.dim()))
+        count = prod(self.sizes[a] for a in self.second)
+        packed = ordered.reshape(prod(self.sizes[a] for a in self.first), 1 if shared else count, *tail)
+        return packed.expand(-1, count, *tail)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Unfold a kernel's result ``[N, M, ...]`` to ``[B, *axes, ...]``."""
+        unfolded = x.reshape(*(self.sizes[a] for a in self.order), *x.shape[2:])
+        return unfolded.permute(
+            *(self.order.index(a) for a in range(len(self.sizes))), *range(len(self.sizes), unfolded.dim())
+        )
+
+
+class _Unfolded:
+    """Stands in for :class:`_Folding` where the tensors are ``[B, H, R, D]`` already; heads may be grouped."""
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Return ``x``."""
+        return x
+
+    unpack = pack
+
+
+def _folding(q: Tensor, k: Tensor, v: Tensor) -> _Folding | _Unfolded:
+    return _Unfolded() if q.dim() == 4 else _Folding(q, k, v)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return (output, LSE) of attention by one kernel.
+
+    Parameters
+    ----------
+    q, k, v
+        ``[B, *axes, R, D]``, ``[B, *axes, C, D]``, ``[B, *axes, C, Dv]``; axes of size 1 in k and v broadcast.
+    mask
+        Booleans that broadcast to ``[B, *axes, R, C]``, True where a pair meets, or None.
+    kernel
+        A key of :data:`~attnplan.runtime.kernels.KERNELS`.
+    causal
+        Whether row i sees key j only for j <= i.
+    """
+    if q.numel() == 0:
+        return q.new_zeros((*q.shape[:-1], v.shape[-1])), _lse_zeros(q)
+    folding = _folding(q, k, v)
+    out, lse = KERNELS[kernel].forward(
+        folding.pack(q),
+        folding.pack(k),
+        folding.pack(v),
+        causal=causal,
+        mask=_pack_mask(folding, mask, q, k),
+        scale=scale,
+    )
+    return folding.unpack(out), folding.unpack(lse)
+
+
+def attend_backward(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    kernel: str,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v from the merged output and LSE of the rows (design: Gradients).
+
+    ``grad_lse`` enters as one more feature of v that is 1 everywhere: the kernel then adds it to every score's
+    gradient, which is what differentiating the log-sum-exp does.
+    """
+    if q.numel() == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    features, value_features = q.shape[-1], v.shape[-1]
+    if grad_lse is not None:
+        grad, q, k, v, out = _with_lse_column(grad, grad_lse, q, k, v, out)
+    folding = _folding(q, k, v)
+    dq, dk, dv = KERNELS[kernel].backward(
+        folding.pack(grad),
+        folding.pack(q),
+        folding.pack(k),
+        folding.pack(v),
+        folding.pack(out),
+        folding.pack(lse.unsqueeze(-1)).squeeze(-1),
+        causal=causal,
+        mask=_pack_mask(folding, mask, q, k),
+        scale=scale,
+    )
+    dk, dv = (_reduce_to(folding.unpack(g), x) for g, x in ((dk, k), (dv, v)))
+    return folding.unpack(dq)[..., :features], dk[..., :features], dv[..., :value_features]
+
+
+def _with_lse_column(
+    grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    pad = 8  # keeps the feature count a multiple of what kernels like
+    widened = [F.pad(x, (0, pad)) for x in (grad, q, k, v, out)]
+    widened[0][..., grad.shape[-1]] = grad_lse.to(grad.dtype)
+    widened[3][..., v.shape[-1]] = 1
+    return widened[0], widened[1], widened[2], widened[3], widened[4]
+
+
+def _lse_zeros(q: Tensor) -> Tensor:
+    return q.new_zeros(q.shape[:-1], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+def _pack_mask(folding: _Folding | _Unfolded, mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    return None if mask is None else folding.pack(mask.expand(*mask.shape[:-2], q.shape[-2], k.shape[-2]))
+
+
+def _reduce_to(grad: Tensor, x: Tensor) -> Tensor:
+    """Sum a gradient over the axes along which ``x`` was broadcast."""
+    axes = [i for i, (n, m) in enumerate(zip(grad.shape[:-2], x.shape[:-2], strict=True)) if m == 1 and n != 1]
+    return grad.sum(dim=axes, keepdim=True) if axes else grad

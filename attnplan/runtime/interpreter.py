@@ -1,0 +1,116 @@
+"""The float64 interpreter: runs any graph node by node, by index and with dense masks. The meaning of the IR.
+
+It shares no code with emission: rows are gathered by index instead of viewed by strides, masks are evaluated pair by
+pair, and joins are written as the softmax over the stacked log-sum-exps that they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnplan.errors import SpecError
+from attnplan.ir import Attend, Graph, Input, Merge, Mix, Node, Output, RowMap, Take
+from attnplan.patterns import Shape
+from attnplan.runtime.kernels import softmax_attention
+from attnplan.runtime.masks import MaskBuilder
+
+Value = tuple[Tensor, Tensor | None]
+
+
+def interpret(
+    graph: Graph, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any] | None = None, shape: Shape | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return (output ``[B, H, S, Dv]``, LSE ``[B, H, S]`` or None) of a graph, computed in float64.
+
+    Parameters
+    ----------
+    graph
+        Any graph; every pass must leave its meaning as it is.
+    q, k, v
+        ``[B, H, S, D]``, ``[B, H_kv, C, D]``, ``[B, H_kv, C, Dv]`` of any dtype. Gradients flow back to them.
+    operands
+        Runtime operands by name.
+    shape
+        Sizes for static tables; the default is read off the tensors.
+    """
+    tensors = {"q": q.double(), "k": k.double(), "v": v.double()}
+    shape = shape or Shape(q.shape[2], k.shape[2], q.shape[1], q.shape[0])
+    values: dict[int, Value] = {}
+    for node in graph:
+        args = [values[a] for a in node.args]
+        values[node.id] = _run(graph, node, args, tensors, operands or {}, shape)
+    return values[graph.output.id]
+
+
+def _run(
+    graph: Graph, node: Node, args: list[Value], tensors: dict[str, Tensor], operands: Mapping[str, Any], shape: Shape
+) -> Value:
+    op = node.op
+    if isinstance(op, Input):
+        return _gather(tensors[op.tensor], op.rows), None
+    if isinstance(op, Take):
+        source = graph.args(node)[0].op
+        assert isinstance(source, Input)
+        return _gather(tensors[source.tensor], op.rows), None
+    if isinstance(op, Attend):
+        (q, _), (k, _), (v, _) = args
+        rows_q, rows_k = (n.type.rows for n in graph.args(node)[:2])
+        mask = MaskBuilder(op.where, rows_q, rows_k, op.shift, shape)(operands, tensors["q"], tensors["k"])
+        if op.dropout:
+            raise SpecError("the reference computes without dropout; verify with dropout=0.0")
+        return softmax_attention(q, k, v, mask=mask, scale=op.scale, softcap=op.softcap)
+    if isinstance(op, Merge | Mix):
+        parts = [
+            (*_dense(part, arg.type.rows, tensors["q"]), branch)
+            for part, arg, branch in zip(args, graph.args(node), _labels(op, len(args)), strict=True)
+        ]
+        return _join(op, parts)
+    assert isinstance(op, Output)
+    out, lse = args[0]
+    b, h, s = tensors["q"].shape[:3]
+    return out.reshape(b, h, s, -1), None if lse is None else lse.reshape(b, h, s)
+
+
+def _labels(op: Merge | Mix, count: int) -> tuple[int, ...]:
+    return op.branches if isinstance(op, Mix) else (0,) * count
+
+
+def _index(rows: RowMap, device: torch.device) -> tuple[Tensor, Tensor]:
+    elements = torch.tensor(list(rows.elements()), device=device).reshape(*rows.sizes, 2)
+    return elements[..., 0], elements[..., 1]
+
+
+def _gather(x: Tensor, rows: RowMap) -> Tensor:
+    heads, positions = _index(rows, x.device)
+    return x[:, heads, positions]
+
+
+def _dense(part: Value, rows: RowMap, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a part written into whole output ``[B, H, S, Dv]`` and LSE ``[B, H, S]``, 0 and -inf elsewhere."""
+    out, lse = part
+    assert lse is not None
+    out, lse = (x.reshape(q.shape[0], *rows.sizes, *tail) for x, tail in ((out, (out.shape[-1],)), (lse, ())))
+    heads, positions = _index(rows, q.device)
+    base = torch.zeros((*q.shape[:3], out.shape[-1]), dtype=out.dtype, device=q.device)
+    none = torch.full(q.shape[:3], -torch.inf, dtype=out.dtype, device=q.device)
+    every = torch.arange(q.shape[0], device=q.device).reshape(-1, *(1,) * heads.dim())
+    return base.index_put((every, heads, positions), out), none.index_put((every, heads, positions), lse)
+
+
+def _join(op: Merge | Mix, parts: list[tuple[Tensor, Tensor, int]]) -> Value:
+    if isinstance(op, Mix) and op.rule in ("mean", "sum"):
+        total = sum(op.weight(branch) * out for out, _, branch in parts)
+        assert isinstance(total, Tensor)
+        return total, None
+    lses = torch.stack([lse for _, lse, _ in parts])
+    covered = (lses > -torch.inf).any(0)
+    total = torch.logsumexp(lses.masked_fill(~covered, 0), 0)
+    weights = torch.exp(lses - total).masked_fill(~covered, 0)
+    if isinstance(op, Mix) and op.rule == "lse-detached":
+        weights = weights.detach()
+    out = (weights.unsqueeze(-1) * torch.stack([out for out, _, _ in parts])).sum(0)
+    return out, total.masked_fill(~covered, -torch.inf)

@@ -1,0 +1,172 @@
+"""Boolean masks from patterns, evaluated on the device over the rows of an attend."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnplan.errors import SpecError
+from attnplan.ir.rows import RowMap
+from attnplan.patterns import Pattern, Shape
+from attnplan.patterns.counts import Table
+
+_KEPT_MASKS = 4
+
+
+class MaskBuilder(torch.nn.Module):
+    """Builds the mask of one attend: booleans that broadcast to ``[B, *axes, R, C]``, True where a pair meets.
+
+    Parameters
+    ----------
+    where
+        The condition, in terms of global heads and positions.
+    q, k
+        Row maps of the queries and keys. With ``follow=True`` they are whole tensors, and their lengths are those of
+        the tensors that each call brings.
+    shift
+        Position of query row 0, or None if it arrives with the call.
+    heads
+        Heads of q, the batch size and lengths for which static tables are built.
+    """
+
+    def __init__(
+        self, where: Pattern, q: RowMap, k: RowMap, shift: int | None, shape: Shape, *, follow: bool = False
+    ) -> None:
+        super().__init__()
+        self.where, self.q, self.k, self.shift, self.shape, self.follow = where, q, k, shift, shape, follow
+        self._constant = not where.operands and shift is not None
+        self._kept: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+
+    def forward(self, operands: Mapping[str, Tensor], q: Tensor, k: Tensor) -> Tensor:
+        """Return the mask for the call's whole q and k, ``[B, H, S, D]`` and ``[B, H_kv, C, D]``."""
+        lengths = (q.shape[2], k.shape[2]) if self.follow else (self.q.length, self.k.length)
+        key = (q.device, *lengths)
+        if self._constant and key in self._kept:
+            return self._kept[key]
+        offset = operands.get("q_offset")
+        if isinstance(offset, Tensor) and offset.numel() > 1:  # a position of its own for each batch element
+            each = [_element(operands, b) for b in range(q.shape[0])]
+            return torch.cat([self._build(one, lengths, q[:1], k[:1]) for one in each])
+        mask = self._build(operands, lengths, q, k)
+        if self._constant:
+            self._kept[key] = mask
+            if len(self._kept) > _KEPT_MASKS:
+                self._kept.popitem(last=False)
+        return mask
+
+    def _build(self, operands: Mapping[str, Tensor], lengths: tuple[int, int], q: Tensor, k: Tensor) -> Tensor:
+        device = q.device
+        heads, query = _indices(self.q, lengths[0], device, query=True)
+        _, key = _indices(self.k, lengths[1], device, query=False)
+        shape = Shape(q.shape[2], k.shape[2], self.shape.heads, self.shape.batch)
+        shift: Any = shape.shift if self.follow else self.shift
+        if self.shift is None:
+            offset = operands["q_offset"]
+            shift = offset.reshape(()) if isinstance(offset, Tensor) else offset
+        tables = {name: Table(torch.as_tensor(t, device=device)) for name, t in self.where.tables(shape).items()}
+        tables |= {name: Table(t) for name, t in _runtime_tables(operands, k).items()}
+        mask: Tensor = self.where.pairs(tables, heads, query + shift, key)
+        while mask.dim() > query.dim():  # a table puts its batch in front of the axes, whose own batch has size 1
+            mask = mask.squeeze(1)
+        return mask
+
+
+def _element(operands: Mapping[str, Tensor], b: int) -> dict[str, Tensor]:
+    """Return the operands of one batch element."""
+    batched = {"q_offset": 1, "key_padding": 2, "documents": 2}
+    return {
+        name: value[b : b + 1] if value.dim() == batched[name] and value.shape[0] > 1 else value
+        for name, value in operands.items()
+    }
+
+
+def _indices(rows: RowMap, length: int, device: torch.device, *, query: bool) -> tuple[Tensor, Tensor]:
+    """Return head and row of each element, shaped to broadcast as ``[1, *axes, R, C]`` with the other side."""
+    rank = len(rows.axes) + 2
+    head = torch.full((1,) * rank, rows.head, device=device)
+    row = torch.full((1,) * rank, rows.row, device=device)
+    for place, axis in enumerate(rows.batch, start=1):
+        steps = torch.arange(axis.size, device=device).reshape([-1 if i == place else 1 for i in range(rank)])
+        head = head + steps * axis.head if axis.head else head
+        row = row + steps * axis.row if axis.row else row
+    steps = torch.arange(length, device=device) * rows.axes[-1].row
+    return head, row + steps.reshape([-1 if i == rank - (2 if query else 1) else 1 for i in range(rank)])
+
+
+def _runtime_tables(operands: Mapping[str, Tensor], k: Tensor) -> dict[str, Tensor]:
+    tables = {}
+    if "documents" in operands:
+        tables["documents"] = document_ids(operands["documents"], k.shape[2])
+    if "key_padding" in operands:
+        tables["key_padding"] = operands["key_padding"].to(torch.int64)
+    return tables
+
+
+def document_ids(boundaries: Tensor, length: int) -> Tensor:
+    """Return the document of each position ``[B or 1, length]`` from cumulative lengths ``[n + 1]`` or ``[B, n + 1]``.
+
+    Examples
+    --------
+    >>> document_ids(torch.tensor([0, 2, 5]), 5)
+    tensor([[0, 0, 1, 1, 1]])
+    """
+    ends = boundaries.reshape(-1, boundaries.shape[-1])[:, 1:].contiguous()
+    positions = torch.arange(length, device=boundaries.device, dtype=ends.dtype).expand(ends.shape[0], -1)
+    return torch.searchsorted(ends, positions.contiguous(), right=True)
+
+
+def check_operands(operands: Mapping[str, Any], batch: int, seq_len: int, kv_len: int, device: torch.device) -> None:
+    """Raise :class:`~attnplan.errors.SpecError` where a runtime operand does not fit the call.
+
+    What can be checked from shapes is always checked; values are read only on the CPU, where reading them does not
+    make the device wait.
+    """
+    for name, value in operands.items():
+        if isinstance(value, Tensor) and value.device != device and not (name == "q_offset" and value.dim() == 0):
+            raise SpecError(f"{name} is on {value.device}, q is on {device}; move it there once, outside the loop")
+    if "key_padding" in operands:
+        _check_padding(operands["key_padding"], batch, kv_len)
+    if "documents" in operands:
+        _check_documents(operands["documents"], batch, kv_len)
+    if "q_offset" in operands:
+        _check_offset(operands["q_offset"], batch)
+
+
+def _check_padding(mask: Any, batch: int, kv_len: int) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape not in ((batch, kv_len), (1, kv_len)):
+        got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+        raise SpecError(
+            f"key_padding must be a bool tensor [B, kv_len] = [{batch}, {kv_len}], True for real keys; got {got}"
+        )
+
+
+def _check_documents(boundaries: Any, batch: int, kv_len: int) -> None:
+    integer = isinstance(boundaries, Tensor) and boundaries.dtype in (torch.int32, torch.int64)
+    if not integer or boundaries.dim() not in (1, 2) or boundaries.shape[-1] < 2:
+        got = f"{boundaries.dtype} {list(boundaries.shape)}" if isinstance(boundaries, Tensor) else repr(boundaries)
+        raise SpecError(f"documents must be an int tensor of cumulative lengths [n + 1] or [B, n + 1]; got {got}")
+    if boundaries.dim() == 2 and boundaries.shape[0] not in (1, batch):
+        raise SpecError(f"documents has {boundaries.shape[0]} rows for a batch of {batch}")
+    if boundaries.device.type == "cpu" and not (
+        bool((boundaries[..., 0] == 0).all())
+        and bool((boundaries[..., -1] == kv_len).all())
+        and bool((boundaries.diff(dim=-1) >= 0).all())
+    ):
+        raise SpecError(
+            f"documents must rise from 0 to the {kv_len} keys without overlap; got {boundaries.tolist()}; add padding "
+            "as a document of its own"
+        )
+
+
+def _check_offset(offset: Any, batch: int) -> None:
+    if isinstance(offset, bool) or not isinstance(offset, int | Tensor):
+        raise SpecError(f"q_offset must be an int or an int tensor [] or [B], got {offset!r}")
+    if isinstance(offset, Tensor):
+        if offset.dtype not in (torch.int32, torch.int64) or offset.shape not in ((), (1,), (batch,)):
+            raise SpecError(f"q_offset must be an int tensor [] or [B]; got {offset.dtype} {list(offset.shape)}")
+    elif offset < 0:
+        raise SpecError(f"q_offset must not be negative, got {offset}")
