@@ -356,7 +356,7 @@ def _structure_length(name: str, value: Any) -> int | Dim:
 def _toml_value(value: Any) -> str:
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{k} = {_toml_value(v)}" for k, v in value.items()) + " }"
-    return json.dumps(value)  # ints, floats, booleans and plain strings are written alike in JSON and TOML
+    return json.dumps(value, ensure_ascii=False)  # scalars are written alike in JSON and TOML
 
 
 def _text_form(pattern: P.Pattern | Mixture) -> str:

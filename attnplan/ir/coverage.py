@@ -57,7 +57,8 @@ class Term:
     """What a sum of pairs is filtered by, computed with and mixed by."""
 
     opaque: frozenset[Pattern]
-    runtime_positions: bool
+    shift: int | None
+    """Position of query row 0 in the opaque conditions (0 without any); None if it arrives with the call."""
     scale: float
     softcap: float | None
     dropout: float
@@ -84,6 +85,8 @@ def _node_coverage(graph: Graph, node: Node) -> Coverage:
     if isinstance(op, Attend):
         return _attend_coverage(op, args[0].type.rows, args[1].type.rows)
     parts = [_node_coverage(graph, arg) for arg in args]
+    if isinstance(op, Merge | Mix) and any(term.mixing for part in parts for term in part):
+        raise PassError(f"%{node.id} {op.name} joins what is mixed already: the weights would get another gradient")
     if isinstance(op, Output | Merge):
         return _add(parts)
     if isinstance(op, Mix):
@@ -114,7 +117,7 @@ def _add(parts: Sequence[Coverage]) -> Coverage:
 def _attend_coverage(op: Attend, q: RowMap, k: RowMap) -> Coverage:
     conjunction = _closed_part(op.where, op.shift)
     opaque = conjunction.opaque if op.shift is not None else _flat(op.where)
-    term = Term(opaque, op.shift is None, op.scale, op.softcap, op.dropout, op.precision)
+    term = Term(opaque, _shift(opaque, op.shift), op.scale, op.softcap, op.dropout, op.precision)
     if q.keeps_rows and k.keeps_rows:
         values = tuple(_by_head(probe, op, conjunction, q, k) for probe in PROBES)
     elif conjunction.dilated or conjunction.heads:
@@ -122,6 +125,11 @@ def _attend_coverage(op: Attend, q: RowMap, k: RowMap) -> Coverage:
     else:
         values = tuple(_by_axes(probe, op, conjunction, q, k) for probe in PROBES)
     return {term: values} if any(values) else {}
+
+
+def _shift(opaque: frozenset[Pattern], shift: int | None) -> int | None:
+    """Return the shift as far as the sums do not show it already."""
+    return shift if opaque or shift is None else 0
 
 
 def _flat(where: Pattern) -> frozenset[Pattern]:
@@ -163,7 +171,7 @@ def _by_axes(probe: _Probe, op: Attend, conjunction: Conjunction, q: RowMap, k: 
 
 def _block(point: Point, op: Attend, conjunction: Conjunction, q: RowMap, k: RowMap) -> int:
     rows, keys, shift = q.axes[-1], k.axes[-1], op.shift or 0
-    if conjunction.banded and rows.row != keys.row:
+    if conjunction.banded and not rows.row == keys.row > 0:
         raise PassError(f"attend where {op.where!r}: query rows step by {rows.row}, keys by {keys.row}")
     if conjunction.banded:
         cell = Cell(q.row + shift, k.row, rows.size, keys.size, rows.row)
@@ -188,9 +196,10 @@ def spec_coverage(spec: AttentionSpec) -> Coverage:
     for branch, where in enumerate(spec.branches):
         shift = None if spec.q_offset else shape.shift
         conjunction = _closed_part(where, shift)
+        opaque = conjunction.opaque if shift is not None else _flat(where)
         term = Term(
-            opaque=conjunction.opaque if shift is not None else _flat(where),
-            runtime_positions=shift is None,
+            opaque=opaque,
+            shift=_shift(opaque, shift),
             scale=spec.softmax_scale,
             softcap=spec.softcap,
             dropout=spec.dropout,
@@ -236,6 +245,9 @@ def _describe(terms: set[Term]) -> str:
         "; ".join(
             f"{' & '.join(sorted(map(repr, t.opaque))) or 'plain pairs'} at scale {t.scale:.6g}"
             + (f", softcap {t.softcap:.6g}" if t.softcap is not None else "")
+            + (f", row 0 at {t.shift}" if t.opaque else "")
+            + (f", dropout {t.dropout:.6g}" if t.dropout else "")
+            + (f", {t.precision}" if t.precision != "ieee" else "")
             + (f", mixed by {t.mixing}" if t.mixing else "")
             for t in terms
         )

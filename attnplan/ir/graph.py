@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import attrs
 
 from attnplan.errors import PassError
-from attnplan.ir.ops import Input, Op, Output, TensorType
+from attnplan.ir.ops import Input, Merge, Mix, Op, Output, TensorType
 
 if TYPE_CHECKING:
     import networkx
@@ -65,8 +65,8 @@ class Graph:
         Raises
         ------
         PassError
-            If ids or operands are out of order, a type is not what its op infers, a node is unused, or the output
-            does not hold every row of q once, in order.
+            If ids or operands are out of order, a type is not what its op infers, a node is unused, or the output, a
+            merge or a mix does not hold every row of q once, in order.
         """
         for place, node in enumerate(self.nodes):
             if node.id != place or any(not 0 <= a < place for a in node.args):
@@ -86,6 +86,9 @@ class Graph:
             raise PassError("a graph has the inputs q, k and v, once each")
         if self.output.type.rows != self.inputs["q"].type.rows:
             raise PassError("the output does not hold every row of q once, in order")
+        for node in self.nodes:
+            if isinstance(node.op, Merge | Mix) and node.type.rows != self.output.type.rows:
+                raise PassError(f"%{node.id} {node.op.name} does not write every row of q once, in order")
 
     def as_networkx(self) -> networkx.MultiDiGraph:
         """Return a frozen multigraph view: nodes carry ``node``, edges carry ``operand``, the position they feed."""

@@ -71,6 +71,7 @@ class Input(Op):
     def infer(self, types: Sequence[TensorType]) -> TensorType:
         _need(not types, self, "takes no operands")
         _need(self.tensor in ("q", "k", "v"), self, f"there is no operand {self.tensor!r}")
+        _need(self.dtype in SHORT_DTYPES, self, f"there is no dtype {self.dtype!r}")
         return TensorType(self.tensor, self.rows, self.features, self.dtype)
 
 
@@ -84,6 +85,7 @@ class Take(Op):
     def infer(self, types: Sequence[TensorType]) -> TensorType:
         _need(len(types) == 1 and types[0].rows.keeps_rows, self, "takes one whole input")
         source = types[0].rows
+        _need(self.rows.axes[-1].head == 0, self, "changes the head along the rows that attention runs over")
         _need(all(a.size > 0 for a in self.rows.axes), self, f"takes no rows at all: {self.rows.sizes}")
         _need(
             self.rows.head >= 0 and self.rows.row >= 0 and all(a.head >= 0 and a.row >= 0 for a in self.rows.axes),

@@ -15,6 +15,9 @@ from attnplan.ir.rows import Axis, RowMap
 from attnplan.patterns import Mixture, Pattern
 from attnplan.patterns.parse import from_syntax
 
+_UNREADABLE = (
+    SyntaxError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError, SpecError, PassError,
+)  # fmt: skip
 _LINE = re.compile(r"(%\d+) = (.*?) : (.*)")
 
 
@@ -62,11 +65,12 @@ def parse_graph(text: str) -> Graph:
         name, call, stated = match[1], match[2].strip(), match[3].strip()
         try:
             op, args = _parse_call(call, ids)
-        except (SyntaxError, ValueError, TypeError, KeyError, SpecError, PassError) as error:
+            last = ids[name] = builder.add(op, *args)
+            inferred = str(builder.type(last))
+        except _UNREADABLE as error:
             raise PassError(f"line {number}: {error}") from None
-        last = ids[name] = builder.add(op, *args)
-        if str(builder.type(last)) != stated:
-            raise PassError(f"line {number}: {name} is stated as {stated}, its operands make it {builder.type(last)}")
+        if inferred != stated:
+            raise PassError(f"line {number}: {name} is stated as {stated}, its operands make it {inferred}")
     if not ids:
         raise PassError("the text holds no node")
     graph = builder.build(last)

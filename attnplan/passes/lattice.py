@@ -86,7 +86,7 @@ def _visit(builder: Builder, node: Node, args: tuple[int, ...]) -> int | None:
     if len(conjunction.dilated) != 1 or conjunction.heads or not (q.keeps_rows and k.keeps_rows):
         return None
     part = conjunction.dilated[0]
-    box = _offset_box(part, q)
+    box = _offset_box(part, q, k)
     if box is None:
         return None
     rest = [c for c in conjuncts(op.where) if not isinstance(c, Dilated)]
@@ -99,13 +99,18 @@ def _visit(builder: Builder, node: Node, args: tuple[int, ...]) -> int | None:
     return builder.add(Merge(builder.type(sources[0]).rows), *parts) if parts else None
 
 
-def _offset_box(part: Dilated, q: RowMap) -> Box | None:
-    """Return the offsets of the heads of q as an affine function of the batch axes, or None if they are not one."""
+def _offset_box(part: Dilated, q: RowMap, k: RowMap) -> Box | None:
+    """Return the offsets of the heads of q as an affine function of the batch axes, or None if they are not one.
+
+    Along an axis where k broadcasts they have to be equal: its rows cannot move.
+    """
     origin = int(part.offset_of(q.head))
     steps = tuple(int(part.offset_of(q.head + a.head)) - origin if a.size > 1 else 0 for a in q.batch)
     for index, head in q.batch_heads():
         if part.offset_of(head) != origin + sum(i * s for i, s in zip(index, steps, strict=True)):
             return None
+    if any(step and b.size == 1 for step, b in zip(steps, k.batch, strict=True)):
+        return None
     return Box((0,) * len(steps), tuple(a.size for a in q.batch), origin, steps)
 
 

@@ -62,6 +62,8 @@ def _verified(graph: Graph, expected: Coverage, who: str, before: Graph) -> Grap
         return graph
     try:
         graph.verify()
+        if [n.op for n in graph.inputs.values()] != [n.op for n in before.inputs.values()]:
+            raise PassError("the inputs are not those of the spec")
         got = coverage(graph)
     except PassError as error:
         raise PassError(f"{who}: {error}") from error

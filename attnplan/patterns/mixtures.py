@@ -6,6 +6,7 @@ A mixture is a multiset, a union ``a | b`` is a set: with the ``lse`` rule a key
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import isfinite
 from typing import TypeVar
 
 import attrs
@@ -314,4 +315,6 @@ def mix(patterns: Sequence[Pattern], rule: str = "lse", weights: Sequence[float]
     """
     if isinstance(patterns, Pattern):
         raise SpecError(f"mix needs a list of patterns, got one pattern: mix([{patterns!r}])")
+    if weights is not None and not all(isinstance(w, int | float) and isfinite(w) for w in weights):
+        raise SpecError(f"mix weights must be finite numbers, got {list(weights)}")
     return Mix(tuple(patterns), rule, None if weights is None else tuple(float(w) for w in weights))

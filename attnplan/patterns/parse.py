@@ -39,10 +39,12 @@ def parse(text: str) -> Pattern | Mixture:
     longnet(segment_lengths=[8, 16], dilation_rates=[1, 2]) & documents()
     """
     try:
-        tree = ast.parse(text.strip(), mode="eval")
+        return from_syntax(ast.parse(text.strip(), mode="eval").body)
+    except SpecError:
+        raise
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        raise SpecError(f"cannot read the pattern {text!r}: {getattr(error, 'msg', error)}") from None
-    return from_syntax(tree.body)
+        shown = text if len(text) <= 80 else f"{text[:80]}..."
+        raise SpecError(f"cannot read the pattern {shown!r}: {getattr(error, 'msg', error)}") from None
 
 
 def from_syntax(node: ast.expr) -> Pattern | Mixture:

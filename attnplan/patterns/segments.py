@@ -43,6 +43,8 @@ class Dilated(Pattern):
                 self.offset < self.rate,
                 f"dilation offset {self.offset} must be below the rate {self.rate}; use {self.offset % self.rate}",
             )
+        if self.heads is not None:
+            require_int(self.heads, "number of heads of a dilation", 1)
 
     @property
     def per_head(self) -> bool:
@@ -65,6 +67,12 @@ class Dilated(Pattern):
             return together
         offset = self.offset_of(h)
         return together & (q % self.length % self.rate == offset) & (k % self.length % self.rate == offset)
+
+    def check(self, shape: Shape) -> None:
+        require(
+            self.heads in (None, shape.heads),
+            f"{self!r} spreads its offsets over {self.heads} heads, the spec has heads={shape.heads}; leave heads out",
+        )
 
     def bind(self, heads: int) -> Pattern:
         return attrs.evolve(self, heads=heads) if self.offset == "block" and self.heads is None else self
@@ -134,7 +142,8 @@ def dilated(segment_length: int, dilation_rate: int, offset: int | str = 0, head
     ----------
     Ding et al., LongNet: Scaling Transformers to 1,000,000,000 Tokens, arXiv 2307.02486, eq. 3-5 and 11-13.
     """
-    return Dilated(segment_length, dilation_rate, offset, heads)
+    pattern = Dilated(segment_length, dilation_rate, offset, heads)
+    return pattern if pattern.rate > 1 else Dilated(pattern.length)  # every offset is 0
 
 
 @attrs.frozen(cache_hash=True, repr=False)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnplan.ir.launch import fold
-from attnplan.runtime.kernels import KERNELS
+from attnplan.runtime.kernels import KERNELS, softmax_attention
 
 
 class _Folding:
@@ -145,3 +145,40 @@ def _reduce_to(grad: Tensor, x: Tensor) -> Tensor:
     """Sum a gradient over the axes along which ``x`` was broadcast."""
     axes = [i for i, (n, m) in enumerate(zip(grad.shape[:-2], x.shape[:-2], strict=True)) if m == 1 and n != 1]
     return grad.sum(dim=axes, keepdim=True) if axes else grad
+
+
+def attend_plain(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Return (output, LSE) of attention in plain torch, scores materialised; arguments as in :func:`attend`."""
+    if causal:
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    if q.dim() > 4 or q.shape[1] == k.shape[1]:
+        return softmax_attention(q, k, v, mask=mask, scale=scale, softcap=softcap)
+    group = q.shape[1] // k.shape[1]  # grouped heads get an axis of their own, along which k and v broadcast
+    if mask is not None and mask.dim() == 4:
+        mask = split_heads(mask, group) if mask.shape[1] > 1 else mask.unsqueeze(1)
+    out, lse = softmax_attention(
+        split_heads(q, group), k.unsqueeze(2), v.unsqueeze(2), mask=mask, scale=scale, softcap=softcap
+    )
+    return out.flatten(1, 2), lse.flatten(1, 2)
+
+
+def split_heads(x: Tensor, group: int) -> Tensor:
+    """Return ``[B, H, ...]`` as ``[B, H // group, group, ...]``."""
+    return x.reshape(x.shape[0], -1, group, *x.shape[2:])
+
+
+def whole_output(x: Tensor, q: Tensor) -> Tensor:
+    """Return a value that covers every row once, its heads spread over several axes, as ``[B, H, S, ...]``."""
+    spread = 1
+    dims = 1
+    while spread < q.shape[1] or dims == 1:
+        spread *= x.shape[dims]
+        dims += 1
+    return x.flatten(1, dims - 1)
+
+
+def in_dtype_of(x: Tensor, q: Tensor) -> Tensor:
+    """Return ``x`` in the dtype of ``q``."""
+    return x.to(q.dtype)

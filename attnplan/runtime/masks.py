@@ -6,15 +6,19 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
 from attnplan.errors import SpecError
-from attnplan.ir.rows import RowMap
-from attnplan.patterns import Pattern, Shape
+from attnplan.ir import Attend, RowMap, TensorType
+from attnplan.ir.slots import Condition, slot_condition
+from attnplan.passes.canonicalize import simplify
+from attnplan.patterns import Pattern, Shape, full
 from attnplan.patterns.counts import Table
 
 _KEPT_MASKS = 4
+_KEPT_CONDITIONS = 4096
 
 
 class MaskBuilder(torch.nn.Module):
@@ -68,11 +72,43 @@ class MaskBuilder(torch.nn.Module):
             offset = operands["q_offset"]
             shift = offset.reshape(()) if isinstance(offset, Tensor) else offset
         tables = {name: Table(torch.as_tensor(t, device=device)) for name, t in self.where.tables(shape).items()}
-        tables |= {name: Table(t) for name, t in _runtime_tables(operands, k).items()}
+        tables |= {name: Table(t) for name, t in runtime_tables(operands, k.shape[2]).items()}
         mask: Tensor = self.where.pairs(tables, heads, query + shift, key)
         while mask.dim() > query.dim():  # a table puts its batch in front of the axes, whose own batch has size 1
             mask = mask.squeeze(1)
         return mask
+
+
+class FollowingCondition(torch.nn.Module):
+    """Decides at each call, from the lengths it brings, what the condition of an attend over whole rows means."""
+
+    def __init__(self, op: Attend, q: RowMap, k: RowMap, shape: Shape) -> None:
+        super().__init__()
+        self.op, self.shape = op, shape
+        self.masks = MaskBuilder(op.where, q, k, op.shift, shape, follow=True)
+        self._known: OrderedDict[tuple[int, int], Condition] = OrderedDict()
+
+    def forward(self, operands: Mapping[str, Tensor], q: Tensor, k: Tensor) -> tuple[Tensor | None, bool]:
+        """Return (mask or None, whether row i sees key j only for j <= i)."""
+        lengths = (q.shape[2], k.shape[2])
+        condition = self._known.get(lengths)
+        if condition is None:
+            condition = self._known[lengths] = self._decide(*lengths)
+            if len(self._known) > _KEPT_CONDITIONS:
+                self._known.popitem(last=False)
+        if condition == "mask":
+            return self.masks(operands, q, k), False
+        return None, condition == "causal"
+
+    def _decide(self, seq_len: int, kv_len: int) -> Condition:
+        if self.op.shift is None:
+            return "mask" if self.op.where != full() else "full"
+        q, k = (
+            TensorType(name, RowMap.whole(self.shape.heads, n), 1, "float32")
+            for name, n in (("q", seq_len), ("k", kv_len))
+        )
+        here = attrs.evolve(self.op, shift=kv_len - seq_len)
+        return slot_condition(attrs.evolve(here, where=simplify(here, q, k)), q.rows, k.rows)
 
 
 def _element(operands: Mapping[str, Tensor], b: int) -> dict[str, Tensor]:
@@ -97,10 +133,11 @@ def _indices(rows: RowMap, length: int, device: torch.device, *, query: bool) ->
     return head, row + steps.reshape([-1 if i == rank - (2 if query else 1) else 1 for i in range(rank)])
 
 
-def _runtime_tables(operands: Mapping[str, Tensor], k: Tensor) -> dict[str, Tensor]:
+def runtime_tables(operands: Mapping[str, Tensor], kv_len: int) -> dict[str, Tensor]:
+    """Return the tables ``[B or 1, kv_len]`` that runtime operands stand for."""
     tables = {}
     if "documents" in operands:
-        tables["documents"] = document_ids(operands["documents"], k.shape[2])
+        tables["documents"] = document_ids(operands["documents"], kv_len)
     if "key_padding" in operands:
         tables["key_padding"] = operands["key_padding"].to(torch.int64)
     return tables

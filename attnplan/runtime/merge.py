@@ -10,16 +10,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attnplan.runtime.views import Axes, accumulator, empty_like_rows, rows, rows_of_one
+from attnplan.runtime.views import Axes, accumulator, empty_like_rows, indices, rows, rows_of_one
 
-Place = tuple[int, int, Axes]
+Place = tuple[int, int, Axes] | None
+"""First head, first row and axes of a part's rows; None is the whole output."""
+
+
+def _at(x: Tensor, place: Place) -> Tensor:
+    return x if place is None else rows(x, *place)
+
+
+def _at_one(x: Tensor, place: Place) -> Tensor:
+    return x if place is None else rows_of_one(x, *place)
 
 
 def merged_lse(q: Tensor, lses: Sequence[Tensor], places: Sequence[Place]) -> Tensor:
     """Return the LSE ``[B, H, S]`` of the union of parts; -inf where none covers a row."""
     total = torch.full(q.shape[:3], -torch.inf, dtype=accumulator(q.dtype), device=q.device)
     for lse, place in zip(lses, places, strict=True):
-        target = rows_of_one(total, *place)
+        target = _at_one(total, place)
         target.copy_(torch.logaddexp(target, lse.to(total.dtype)))
     return total
 
@@ -32,8 +41,8 @@ def merge(q: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor], places: Seq
     total = merged_lse(q, lses, places)
     out = empty_like_rows(q, outs[0].shape[-1], total.dtype).zero_()
     for part, lse, place in zip(outs, lses, places, strict=True):
-        weight = _weight(lse, rows_of_one(total, *place))
-        rows(out, *place).addcmul_(part.to(out.dtype), weight.unsqueeze(-1))
+        weight = _weight(lse, _at_one(total, place))
+        _at(out, place).addcmul_(part.to(out.dtype), weight.unsqueeze(-1))
     return out, total
 
 
@@ -46,14 +55,20 @@ def weighted_sum(q: Tensor, outs: Sequence[Tensor], weights: Sequence[float], pl
     """Return the sum of parts times constant weights, ``[B, H, S, Dv]`` in the accumulating dtype."""
     out = empty_like_rows(q, outs[0].shape[-1], accumulator(q.dtype)).zero_()
     for part, weight, place in zip(outs, weights, places, strict=True):
-        rows(out, *place).add_(part.to(out.dtype), alpha=weight)
+        _at(out, place).add_(part.to(out.dtype), alpha=weight)
     return out
 
 
 def _spread(part: Tensor, place: Place, base: Tensor) -> Tensor:
-    """Return ``base`` ``[B, H, S, D]`` with a part's rows written into it, differentiably."""
-    view = rows(base, *place)
-    return base.as_strided_scatter(part, view.shape, view.stride(), view.storage_offset())
+    """Return ``base`` ``[B, H, S, D]`` with a part's rows written into it, differentiably.
+
+    By index: the gradient of ``as_strided_scatter`` reads a wrong offset where its own gradient is a slice.
+    """
+    if place is None:
+        return part
+    heads, positions = indices(*place, base.device)
+    batch = torch.arange(base.shape[0], device=base.device).reshape(-1, *(1,) * heads.dim())
+    return base.index_put((batch, heads, positions), part)
 
 
 def merge_plain(

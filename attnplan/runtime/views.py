@@ -34,16 +34,39 @@ def rows(x: Tensor, head: int, row: int, axes: Axes) -> Tensor:
     return x.as_strided(sizes, strides, x.storage_offset() + head * by_head + row * by_row)
 
 
+def indices(head: int, row: int, axes: Axes, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the head and the row of each element of a view, each of a shape that broadcasts to its sizes."""
+    heads = torch.full((1,) * len(axes), head, device=device)
+    positions = torch.full((1,) * len(axes), row, device=device)
+    for place, (size, by_head, by_row) in enumerate(axes):
+        steps = torch.arange(size, device=device).reshape([-1 if i == place else 1 for i in range(len(axes))])
+        heads, positions = heads + steps * by_head, positions + steps * by_row
+    return heads, positions
+
+
+def gather(x: Tensor, head: int, row: int, axes: Axes) -> Tensor:
+    """Return :func:`rows` as a copy taken by index, which autograd differentiates any number of times."""
+    return x[(slice(None), *indices(head, row, axes, x.device))]
+
+
 def rows_of_one(x: Tensor, head: int, row: int, axes: Axes) -> Tensor:
     """Return :func:`rows` of a tensor ``[B, H, S]`` with one number per row."""
     return rows(x.unsqueeze(-1), head, row, axes).squeeze(-1)
 
 
-def add_rows(total: Tensor, part: Tensor, head: int, row: int, axes: Axes) -> None:
-    """Add ``part`` ``[B, *sizes, D]`` to some rows of ``total`` ``[B, H, S, D]``, in place.
+def rows_if_any(x: Tensor | None, head: int, row: int, axes: Axes) -> Tensor | None:
+    """Return :func:`rows_of_one`, or None where there is no gradient."""
+    return None if x is None else rows_of_one(x, head, row, axes)
+
+
+def add_rows(total: Tensor, part: Tensor, head: int = 0, row: int = 0, axes: Axes = ()) -> None:
+    """Add ``part`` ``[B, *sizes, D]`` to some rows of ``total`` ``[B, H, S, D]``, or to all without axes, in place.
 
     Axes that show the same rows again are summed first: an in-place sum must not touch an element twice.
     """
+    if not axes:
+        total.add_(part)
+        return
     again = [i for i, (n, h, r) in enumerate(axes, start=1) if n > 1 and h == 0 and r == 0]
     if again:
         part = part.sum(dim=again, keepdim=True)
@@ -57,6 +80,11 @@ def empty_like_rows(q: Tensor, features: int, dtype: torch.dtype) -> Tensor:
     if q.stride(1) < q.stride(2):
         return q.new_empty((b, s, h, features), dtype=dtype).transpose(1, 2)
     return q.new_empty((b, h, s, features), dtype=dtype)
+
+
+def zero_gradient(x: Tensor) -> Tensor:
+    """Return zeros in which the gradient of ``x`` is summed."""
+    return empty_like_rows(x, x.shape[-1], accumulator(x.dtype)).zero_()
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

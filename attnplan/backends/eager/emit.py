@@ -1,0 +1,266 @@
+"""Emission for ``eager``: a graph becomes torch.fx modules whose code is readable Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import getitem
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from attnplan.backends.base import Program, Schedule
+from attnplan.backends.eager.places import Owner, Place, is_whole, owners, place
+from attnplan.backends.eager.programs import DirectProgram, FusedProgram, PlainProgram
+from attnplan.ir import Attend, Axis, Graph, Merge, Mix, Node, RowMap, Take
+from attnplan.ir.slots import slot_condition
+from attnplan.lower import lower
+from attnplan.runtime import attend as attends
+from attnplan.runtime import merge as merges
+from attnplan.runtime import views
+from attnplan.runtime.masks import FollowingCondition, MaskBuilder
+from attnplan.spec import AttentionSpec
+
+Value = tuple[fx.Node, fx.Node | None]
+
+
+def emit(graph: Graph, spec: AttentionSpec, schedule: Schedule, device: str) -> Program:
+    """Return the program that runs ``graph`` on a torch device.
+
+    A graph over whole rows of a spec with open lengths is emitted from its naive form, and decides at each call what
+    its conditions mean at that length; a graph that takes rows apart is emitted for its own lengths.
+    """
+    follow = not spec.is_static and not graph.of(Take)
+    emitter = Emitter(lower(spec) if follow else graph, spec, follow)
+    if schedule.name == "math":
+        module = emitter.plain()
+        return PlainProgram(module, _source(module), follow)
+    kernel = f"flash-{device.partition(':')[0]}"
+    forward, backward, saved = emitter.forward(kernel), emitter.backward(kernel), emitter.saved
+    fused = FusedProgram(forward, backward, len(saved), f"{_source(forward)}\n{_source(backward)}", follow)
+    direct = emitter.direct(kernel)
+    return fused if direct is None else DirectProgram(direct, fused, _source(direct))
+
+
+def _source(module: fx.GraphModule) -> str:
+    return str(module.code).strip() + "\n"
+
+
+def _named(code: fx.Graph, function: Callable[..., Any], args: tuple[Any, ...], name: str) -> fx.Node:
+    """Append a call whose result has a name that says what it is."""
+    return code.create_node("call_function", function, args, name=name)
+
+
+def _pair(code: fx.Graph, pair: fx.Node, node_id: int) -> tuple[fx.Node, fx.Node]:
+    return _named(code, getitem, (pair, 0), f"out_{node_id}"), _named(code, getitem, (pair, 1), f"lse_{node_id}")
+
+
+class Emitter:
+    """Emits the forward, backward and plain programs of one graph."""
+
+    def __init__(self, graph: Graph, spec: AttentionSpec, follow: bool) -> None:
+        self.graph, self.spec, self.follow = graph, spec, follow
+        self.owners = owners(graph)
+        self.result = graph[graph.output.args[0]]
+        self.saved = self._saved()
+        self.modules: dict[str, Any] = {}
+
+    def _saved(self) -> tuple[tuple[int, str], ...]:
+        """Return the (node, "out" or "lse") that the backward needs beside the result's own."""
+        needed = dict.fromkeys(
+            pair for o in self.owners.values() for pair in ((o.out, "out"), (o.lse, "lse")) if pair[0] != self.result.id
+        )
+        return tuple(needed)
+
+    def direct(self, kernel: str) -> fx.GraphModule | None:
+        """Return the bare kernel call for a graph that is one, or None."""
+        op, node = self.result.op, self.result
+        if self.follow or not isinstance(op, Attend) or not is_whole(self.graph, node):
+            return None
+        condition = slot_condition(op, *(n.type.rows for n in self.graph.args(node)[:2]))
+        if condition == "mask":
+            return None
+        code = fx.Graph()
+        q, k, v = (code.placeholder(name) for name in "qkv")
+        causal = condition == "causal"
+        if kernel == "flash-cpu":
+            options: dict[str, Any] = {
+                "is_causal": causal,
+                "scale": op.scale,
+                "enable_gqa": self.spec.heads != self.spec.kv_heads,
+            }
+            code.output(code.call_function(F.scaled_dot_product_attention, (q, k, v), options))
+        else:
+            flash = torch.ops.aten._scaled_dot_product_flash_attention.default
+            call = code.call_function(flash, (q, k, v, 0.0, causal, False), {"scale": op.scale})
+            code.output(code.call_function(getitem, (call, 0)))
+        return fx.GraphModule({}, code, "Direct")
+
+    def forward(self, kernel: str) -> fx.GraphModule:
+        """Return ``(q, k, v, operands) -> (out, lse, *saved)``."""
+        code = fx.Graph()
+        operands, *inputs = self._placeholders(code)
+
+        def one(node: Node, op: Attend) -> Value:
+            q, k, v = self._rows(code, node, inputs)
+            mask, causal = self._condition(code, node, op, operands, inputs)
+            pair = code.call_function(attends.attend, (q, k, v, mask, kernel, causal, op.scale))
+            return _pair(code, pair, node.id)
+
+        values = self._values(code, inputs[0], one, (merges.merge, merges.weighted_sum))
+        out, lse = self._finished(code, inputs[0], values)
+        values[self.result.id] = (out, lse)
+        code.output((out, lse, *(values[i][0 if what == "out" else 1] for i, what in self.saved)))
+        return fx.GraphModule(self.modules, code, "Forward")
+
+    def plain(self) -> fx.GraphModule:
+        """Return ``(q, k, v, operands) -> (out, lse)`` in plain torch, differentiable any number of times."""
+        code = fx.Graph()
+        operands, *inputs = self._placeholders(code)
+
+        def one(node: Node, op: Attend) -> Value:
+            q, k, v = self._rows(code, node, inputs, views.gather)
+            mask, causal = self._condition(code, node, op, operands, inputs)
+            pair = code.call_function(attends.attend_plain, (q, k, v, mask, causal, op.scale, op.softcap))
+            return _pair(code, pair, node.id)
+
+        values = self._values(code, inputs[0], one, (merges.merge_plain, merges.weighted_sum_plain))
+        code.output(self._finished(code, inputs[0], values))
+        return fx.GraphModule(self.modules, code, "Plain")
+
+    def backward(self, kernel: str) -> fx.GraphModule:
+        """Return ``(grad, grad_lse, q, k, v, out, lse, *saved, operands) -> (dq, dk, dv)``."""
+        code = fx.Graph()
+        grad, grad_lse = code.placeholder("grad"), code.placeholder("grad_lse")
+        operands, *inputs = self._placeholders(code, operands_last=False)
+        known = {(self.result.id, "out"): code.placeholder("out"), (self.result.id, "lse"): code.placeholder("lse")}
+        known |= {key: code.placeholder(f"{key[1]}_{key[0]}") for key in self.saved}
+        pieces = []
+        for node, op in self.graph.of(Attend):
+            rows = self._rows(code, node, inputs)
+            mask, causal = self._condition(code, node, op, operands, inputs)
+            flow = self._flow(code, node, self.owners[node.id], known, grad, grad_lse, inputs[0])
+            args = (*flow[:2], *rows, *flow[2:], mask, kernel, causal, op.scale)
+            triple = code.call_function(attends.attend_backward, args)
+            pieces.append((node, [_named(code, getitem, (triple, i), f"d{n}_{node.id}") for i, n in enumerate("qkv")]))
+        code.output(self._gradients(code, inputs, pieces))
+        return fx.GraphModule(self.modules, code, "Backward")
+
+    def _placeholders(self, code: fx.Graph, *, operands_last: bool = True) -> list[fx.Node]:
+        names = ["q", "k", "v", "operands"] if operands_last else ["operands", "q", "k", "v"]
+        made = {name: code.placeholder(name) for name in names}
+        return [made["operands"], made["q"], made["k"], made["v"]]
+
+    def _place(self, node: Node) -> Place | None:
+        """Return where an attend's or join's rows lie in the whole output; None is everywhere."""
+        if not isinstance(node.op, Attend):
+            return None
+        return None if is_whole(self.graph, node) else place(node.type.rows)
+
+    def _rows(
+        self, code: fx.Graph, node: Node, inputs: Sequence[fx.Node], view: Callable[..., Any] = views.rows
+    ) -> list[fx.Node]:
+        made = []
+        for arg, whole in zip(self.graph.args(node), inputs, strict=True):
+            # an attend whose k is taken and q is whole would mix ranks: every operand becomes a view then
+            viewed = not is_whole(self.graph, node)
+            name = f"{arg.type.tensor}_{node.id}"
+            made.append(_named(code, view, (whole, *place(arg.type.rows)), name) if viewed else whole)
+        return made
+
+    def _condition(
+        self, code: fx.Graph, node: Node, op: Attend, operands: fx.Node, inputs: Sequence[fx.Node]
+    ) -> tuple[fx.Node | None, fx.Node | bool]:
+        """Return (mask or None, causal) of an attend, as nodes where they are found at the call."""
+        rows_q, rows_k = (n.type.rows for n in self.graph.args(node)[:2])
+        name = f"where_{node.id}"
+        if is_whole(self.graph, node):  # four dimensions, one of them for all heads
+            rows_q = RowMap.whole(self.spec.heads, rows_q.length)
+            rows_k = RowMap(0, 0, (Axis(1), rows_k.axes[-1]))
+        if self.follow:
+            self.modules[name] = FollowingCondition(op, rows_q, rows_k, self.spec.shape)
+            pair = code.create_node("call_module", name, (operands, *inputs[:2]))
+            return code.call_function(getitem, (pair, 0)), code.call_function(getitem, (pair, 1))
+        condition = slot_condition(op, *(n.type.rows for n in self.graph.args(node)[:2]))
+        if condition != "mask":
+            return None, condition == "causal"
+        self.modules[name] = MaskBuilder(op.where, rows_q, rows_k, op.shift, self.spec.shape)
+        return code.create_node("call_module", name, (operands, *inputs[:2])), False
+
+    def _values(
+        self,
+        code: fx.Graph,
+        q: fx.Node,
+        one: Callable[[Node, Attend], Value],
+        joins: tuple[Callable[..., Any], Callable[..., Any]],
+    ) -> dict[int, Value]:
+        merge, weighted_sum = joins
+        values: dict[int, Value] = {}
+        for node in self.graph:
+            op = node.op
+            if isinstance(op, Attend):
+                values[node.id] = one(node, op)
+            if not isinstance(op, Merge | Mix):
+                continue
+            outs = [values[a][0] for a in node.args]
+            places = [self._place(n) for n in self.graph.args(node)]
+            if isinstance(op, Mix) and op.rule in ("mean", "sum"):
+                weights = [op.weight(b) for b in op.branches]
+                values[node.id] = (code.call_function(weighted_sum, (q, outs, weights, places)), None)
+                continue
+            lses = [values[a][1] for a in node.args]
+            options: dict[str, Any] = (
+                {"detach": True} if isinstance(op, Mix) and merge is merges.merge_plain and op.rule != "lse" else {}
+            )
+            pair = code.call_function(merge, (q, outs, lses, places), options)
+            values[node.id] = _pair(code, pair, node.id)
+        return values
+
+    def _finished(self, code: fx.Graph, q: fx.Node, values: dict[int, Value]) -> Value:
+        """Return the result in the dtype of q and in the shape of the whole output."""
+        out, lse = values[self.result.id]
+        if self._place(self.result) is not None:  # one cell that is the whole output, its heads spread over axes
+            out = code.call_function(attends.whole_output, (out, q))
+            lse = None if lse is None else code.call_function(attends.whole_output, (lse, q))
+        return code.call_function(attends.in_dtype_of, (out, q)), lse
+
+    def _flow(
+        self,
+        code: fx.Graph,
+        node: Node,
+        owner: Owner,
+        known: dict[tuple[int, str], fx.Node],
+        grad: fx.Node,
+        grad_lse: fx.Node,
+        q: fx.Node,
+    ) -> list[fx.Node]:
+        """Return grad, grad of LSE, output and LSE at the rows of one attend."""
+        where = self._place(node)
+
+        def here(x: fx.Node, view: Callable[..., Any]) -> fx.Node:
+            return x if where is None else code.call_function(view, (x, *where))
+
+        own_grad = here(grad, views.rows)
+        if owner.weight != 1.0:
+            own_grad = code.call_function(torch.mul, (own_grad, owner.weight))
+        has_lse = self.result.type.lse
+        own_grad_lse = here(grad_lse, views.rows_if_any) if has_lse else grad_lse
+        out, lse = known[owner.out, "out"], known[owner.lse, "lse"]
+        if owner.out != node.id or node.id == self.result.id:
+            out = code.call_function(attends.in_dtype_of, (here(out, views.rows), q))
+        if owner.lse != node.id or node.id == self.result.id:
+            lse = here(lse, views.rows_of_one)
+        return [own_grad, own_grad_lse, out, lse]
+
+    def _gradients(
+        self, code: fx.Graph, inputs: Sequence[fx.Node], pieces: list[tuple[Node, list[fx.Node]]]
+    ) -> tuple[fx.Node, ...]:
+        if len(pieces) == 1 and is_whole(self.graph, pieces[0][0]):
+            return tuple(pieces[0][1])
+        totals = [code.call_function(views.zero_gradient, (x,)) for x in inputs]
+        for node, parts in pieces:
+            for total, part, arg in zip(totals, parts, self.graph.args(node), strict=True):
+                where = () if is_whole(self.graph, node) else place(arg.type.rows)
+                code.call_function(views.add_rows, (total, part, *where))
+        return tuple(code.call_function(attends.in_dtype_of, pair) for pair in zip(totals, inputs, strict=True))

@@ -1,0 +1,91 @@
+"""The three kinds of eager program: one kernel call, one autograd function for a whole plan, plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, fx
+from torch.autograd.function import once_differentiable
+
+
+@attrs.frozen(eq=False)
+class FusedProgram:
+    """A whole plan as one autograd function, which saves one output and one LSE for all parts of a softmax."""
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    saved: int
+    """Number of tensors saved beside q, k, v, the output and the LSE."""
+    source: str
+    follows_lengths: bool = False
+    differentiable_lse: bool = True
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run on q, k, v in ``[B, H, S, D]``."""
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            out, lse = _Fused.apply(self, operands, q, k, v)  # type: ignore[no-untyped-call]
+            return out, lse
+        result = self.forward.forward(q, k, v, operands)
+        return result[0], result[1]
+
+
+class _Fused(torch.autograd.Function):
+    """Runs a :class:`FusedProgram`; the backward gets the merged output and LSE (design, Gradients)."""
+
+    @staticmethod
+    def forward(ctx: Any, program: FusedProgram, operands: Mapping[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Any:
+        out, lse, *saved = program.forward.forward(q, k, v, operands)
+        ctx.program, ctx.operands = program, operands
+        ctx.save_for_backward(q, k, v, out, lse, *saved)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
+        q, k, v, out, lse, *saved = ctx.saved_tensors
+        if grad is None:
+            grad = torch.zeros_like(out)
+        gradients = ctx.program.backward.forward(grad, grad_lse, ctx.operands, q, k, v, out, lse, *saved)
+        return None, None, *gradients
+
+
+@attrs.frozen(eq=False)
+class DirectProgram:
+    """A plan that is one kernel call; torch differentiates it. The LSE takes the fused program."""
+
+    module: fx.GraphModule
+    fused: FusedProgram
+    source: str
+    follows_lengths: bool = False
+    differentiable_lse: bool = True
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run on q, k, v in ``[B, H, S, D]``."""
+        if return_lse:
+            return self.fused(q, k, v, operands, return_lse)
+        return self.module.forward(q, k, v), None
+
+
+@attrs.frozen(eq=False)
+class PlainProgram:
+    """A plan in plain torch operators, which autograd differentiates any number of times."""
+
+    module: fx.GraphModule
+    source: str
+    follows_lengths: bool = False
+    differentiable_lse: bool = True
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run on q, k, v in ``[B, H, S, D]``."""
+        out, lse = self.module.forward(q, k, v, operands)
+        return out, lse

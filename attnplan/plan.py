@@ -1,0 +1,548 @@
+"""Plans: what :func:`compile` returns, called like a function."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import attrs
+
+from attnplan import patterns as P
+from attnplan.backends import Backend, Program, Schedule
+from attnplan.cost import Prediction, Target, resolve
+from attnplan.errors import NoBackendError, RingError, SpecError
+from attnplan.ir import Graph
+from attnplan.passes import Step
+from attnplan.patterns import Mixture, Pattern
+from attnplan.search import Candidate, Found, search
+from attnplan.spec import OPERANDS, AttentionSpec, Dim
+from attnplan.units import parse_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_KEPT_PROGRAMS = 64
+_KEPT_PLANS = 256
+
+
+class Plan:
+    """A chosen way to run a spec. Made by :func:`attnplan.compile`; call it with q, k and v.
+
+    Attributes
+    ----------
+    spec : AttentionSpec
+        What it computes.
+    device : attnplan.cost.Device
+        The device that it was planned for.
+    backend, schedule, strategy : str
+        The choice.
+    graph : attnplan.ir.Graph
+        The program after all passes; for a spec with open lengths, at their maximum.
+    steps : tuple of attnplan.passes.Step
+        The passes that ran, each verified.
+    candidates : tuple of attnplan.search.Candidate
+        Every way to run it: priced, or refused with reasons.
+    predicted : attnplan.cost.Prediction
+        ``seconds`` and ``peak_bytes`` of one call.
+    """
+
+    def __init__(self, spec: AttentionSpec, target: Target, found: Found, pins: Mapping[str, Any]) -> None:
+        self.spec = spec
+        self.target = target
+        self.device = target.device
+        self.backend: str = found.backend.name
+        self.schedule: str = found.schedule.name
+        self.strategy: str = found.lowered.strategy
+        self.graph: Graph = found.lowered.graph
+        self.steps: tuple[Step, ...] = found.lowered.steps
+        self.candidates: tuple[Candidate, ...] = found.candidates
+        assert found.candidate.prediction is not None
+        self.predicted: Prediction = found.candidate.prediction
+        self.pins = dict(pins)
+        self._backend: Backend = found.backend
+        self._schedule: Schedule = found.schedule
+        self._programs: OrderedDict[tuple[int, int], Program] = OrderedDict()
+        self._program: Program | None = None
+        self._lock = threading.Lock()
+        self._ready = _Ready(spec)
+
+    @property
+    def program(self) -> Program:
+        """The emitted program; for open lengths that the program does not follow, the one for the maximum."""
+        if self._program is None:
+            shape = self.spec.shape
+            self._program = self._emit(self.spec, self.graph) if self.spec.is_static else None
+            if self._program is None:
+                first = self._emit(self.spec, self.graph) if not _takes(self.graph) else None
+                if first is None or not first.follows_lengths:
+                    return self._program_for(shape.seq_len, shape.kv_len)
+                self._program = first
+        return self._program
+
+    def _emit(self, spec: AttentionSpec, graph: Graph) -> Program:
+        device = self.target.torch_device or self.device.kind
+        return self._backend.emit(graph, spec, self._schedule, device)
+
+    def _program_for(self, seq_len: int, kv_len: int) -> Program:
+        """Return the program for the lengths of one call of a spec with open lengths."""
+        key = (seq_len, kv_len)
+        with self._lock:
+            if key in self._programs:
+                self._programs.move_to_end(key)
+                return self._programs[key]
+        from attnplan.search import lowerings
+
+        here = self.spec.at(seq_len, kv_len)
+        lowered = {x.strategy: x for x in lowerings(here)}
+        graph = lowered.get(self.strategy, lowered["dense"]).graph
+        program = self._emit(here, graph)
+        with self._lock:
+            self._programs[key] = program
+            if len(self._programs) > _KEPT_PROGRAMS:
+                self._programs.popitem(last=False)
+        return program
+
+    @property
+    def source(self) -> str:
+        """The emitted program as readable Python."""
+        return self.program.source
+
+    @overload
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **operands: Any
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **operands: Any
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **operands: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Compute the attention.
+
+        Parameters
+        ----------
+        q, k, v
+            ``[B, H, S, D]``, ``[B, H_kv, K, D]``, ``[B, H_kv, K, Dv]`` for ``layout="bhsd"``, or with heads and rows
+            swapped for ``"bshd"``. Any strides; K/V heads are never repeated.
+        return_lse
+            Return the log-sum-exp of each row too: natural logarithm, ``[B, H, S]``, float32 (float64 for float64),
+            -inf for a row that sees no key.
+        documents
+            For ``P.documents()``: cumulative lengths, int ``[n + 1]`` or ``[B, n + 1]``.
+        key_padding
+            For ``P.padding()``: bool ``[B, K]``, True where the key is real.
+        q_offset
+            For ``q_offset=True``: the position of query row 0, an int or an int tensor ``[]`` or ``[B]``.
+
+        Returns
+        -------
+        Tensor
+            ``[B, H, S, Dv]`` in the layout and dtype of q; with ``return_lse`` a pair of it and the LSE.
+
+        Raises
+        ------
+        SpecError
+            If a tensor or operand does not fit the spec: the message says which, what it got and what it needs.
+        NoBackendError
+            If the plan is for hardware that is not here.
+        """
+        if not self._ready.accepts(q, k, v) or operands or self.spec.operands or (return_lse and not self.spec.has_lse):
+            self._check_call(q, k, v, return_lse, operands)
+        swapped = self.spec.layout == "bshd"
+        if swapped:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        program = self._program
+        if program is None:
+            program = self.program if self.spec.is_static else self._open_program(q.shape[2], k.shape[2])
+        out, lse = program(q, k, v, operands, return_lse)
+        if swapped:
+            out = out.transpose(1, 2)
+        if not return_lse:
+            return out
+        assert lse is not None
+        return out, lse
+
+    def _open_program(self, seq_len: int, kv_len: int) -> Program:
+        """Return the program for open lengths: one that follows them, or one of its own for these."""
+        if not _takes(self.graph) and self.backend != "reference":
+            program = self.program
+            if program.follows_lengths:
+                return program
+        return self._program_for(seq_len, kv_len)
+
+    def _check_call(self, q: Any, k: Any, v: Any, return_lse: bool, operands: Mapping[str, Any]) -> None:
+        from attnplan.calls import check_call
+
+        check_call(self.spec, self.target, q, k, v, return_lse, operands)
+        self._ready.remember(q, k, v)
+
+    def explain(self, format: str = "text") -> Any:  # noqa: A002  # the public name
+        """Return what was chosen, why, and what everything costs.
+
+        Parameters
+        ----------
+        format
+            ``"text"`` for the page that people read, ``"json"`` for the same facts as a dict.
+
+        Examples
+        --------
+        >>> import attnplan
+        >>> spec = attnplan.AttentionSpec(seq_len=4096, heads=8, head_dim=64, causal=True)
+        >>> attnplan.compile(spec, device="h100").explain("json")["choice"]["strategy"]
+        'dense'
+        """
+        from attnplan.explain import facts, render
+
+        if format not in ("text", "json"):
+            raise SpecError(f'unknown format {format!r}; use "text" or "json"')
+        found = facts(self)
+        return found if format == "json" else render(found)
+
+    def verify(self, rows: int = 64, seed: int = 0) -> Any:
+        """Prove the coverage again, and compare the plan's numbers with float64 on sampled rows.
+
+        Parameters
+        ----------
+        rows
+            Number of sampled (head, row) pairs.
+        seed
+            Seed of the random inputs and of the sample.
+
+        Returns
+        -------
+        attnplan.verify.Report
+            Errors and tolerances of output, LSE and gradients.
+
+        Raises
+        ------
+        VerifyError
+            If the graph does not cover the spec, or a number is outside its tolerance.
+        """
+        from attnplan.verify import verify_plan
+
+        return verify_plan(self, rows, seed)
+
+    def shard(self, tensor: Tensor) -> Tensor:
+        """Raise: plans run on one device in this version."""
+        raise RingError("this plan has no mesh: ring execution is not in this version")
+
+    def unshard(self, tensor: Tensor) -> Tensor:
+        """Raise: plans run on one device in this version."""
+        raise RingError("this plan has no mesh: ring execution is not in this version")
+
+    def positions(self, rank: int) -> Any:
+        """Raise: plans run on one device in this version."""
+        raise RingError("this plan has no mesh: ring execution is not in this version")
+
+    def shard_batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Raise: plans run on one device in this version."""
+        raise RingError("this plan has no mesh: ring execution is not in this version")
+
+    def __repr__(self) -> str:
+        choice = f"{self.strategy} > {self.backend} ({self.schedule})"
+        return f"<Plan {self.spec.pattern!r}{' causal' if self.spec.causal else ''} on {self.device.name}: {choice}>"
+
+
+def _takes(graph: Graph) -> bool:
+    return any(node.op.name == "take" for node in graph)
+
+
+class _Ready:
+    """Recognises tensors like those of a call that was checked before, at the cost of a few comparisons."""
+
+    __slots__ = ("_device", "_dtype", "_k", "_q", "_v")
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        self._q = self._k = self._v = self._dtype = self._device = None
+
+    def accepts(self, q: Any, k: Any, v: Any) -> bool:
+        return (
+            (
+                q.shape == self._q
+                and k.shape == self._k
+                and v.shape == self._v
+                and q.dtype is self._dtype
+                and k.dtype is self._dtype
+                and v.dtype is self._dtype
+                and q.device == self._device
+                and k.device == self._device
+                and v.device == self._device
+            )
+            if hasattr(q, "shape") and hasattr(k, "shape") and hasattr(v, "shape")
+            else False
+        )
+
+    def remember(self, q: Any, k: Any, v: Any) -> None:
+        self._q, self._k, self._v, self._dtype, self._device = q.shape, k.shape, v.shape, q.dtype, q.device
+
+
+@attrs.frozen
+class _Key:
+    """What makes two compilations the same."""
+
+    spec: AttentionSpec
+    device: str
+    backend: str
+    strategy: str
+    max_memory: int | None
+    deterministic: bool
+    strict: bool
+    fingerprint: str
+
+
+class _Cache:
+    """A bounded map, least recently used out first."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._items, self._lock = size, OrderedDict[Any, Any](), threading.Lock()
+
+    def get(self, key: Any) -> Any:
+        item = self._items.get(key)
+        if item is not None:
+            with self._lock:
+                if key in self._items:
+                    self._items.move_to_end(key)
+        return item
+
+    def put(self, key: Any, item: Any) -> Any:
+        with self._lock:
+            kept = self._items.setdefault(key, item)
+            if len(self._items) > self._size:
+                self._items.popitem(last=False)
+        return kept
+
+    def clear(self) -> None:
+        with self._lock:
+            self._items.clear()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+_plans = _Cache(_KEPT_PLANS)
+_calls = _Cache(4 * _KEPT_PLANS)
+_fingerprint: str | None = None
+
+
+def fingerprint() -> str:
+    """Return the versions on which a plan depends."""
+    global _fingerprint
+    if _fingerprint is None:
+        names = ("attnplan", "torch", "triton", "xformers", "flash-attn", "flash-attn-4")
+        found = []
+        for name in names:
+            try:
+                found.append(f"{name} {metadata.version(name)}")
+            except metadata.PackageNotFoundError:
+                continue
+        _fingerprint = ", ".join(found)
+    return _fingerprint
+
+
+def compile(  # noqa: A001  # the public name: attnplan.compile
+    spec: AttentionSpec,
+    device: object = "auto",
+    backend: str = "auto",
+    strategy: str = "auto",
+    max_memory: int | str | None = None,
+    mesh: object = None,
+    tune: bool = False,
+    deterministic: bool = False,
+    strict: bool = False,
+) -> Plan:
+    """Plan a spec for a device: lower it, prove every rewrite, price every way to run it, choose the cheapest.
+
+    Parameters
+    ----------
+    spec
+        What to compute.
+    device
+        ``"auto"``, a torch device or its name, or a name of the catalogue such as ``"h100"``: a plan for hardware
+        that is not here can be inspected and compared, and refuses to be called.
+    backend, strategy
+        Pin a choice; ``"auto"`` is the cost model.
+    max_memory
+        Bytes, or text such as ``"2 GiB"``: a limit on everything but inputs and output.
+    mesh
+        A ``DeviceMesh`` to run on; not in this version.
+    tune
+        Measure the best candidates; not in this version.
+    deterministic
+        Choose only what repeats bit for bit.
+    strict
+        Never move to another candidate when a call fails. This version never does.
+
+    Returns
+    -------
+    Plan
+        Equal arguments return the same object, from a bounded cache.
+
+    Raises
+    ------
+    SpecError
+        If an argument is unknown or impossible.
+    NoBackendError
+        If every backend refuses; the message lists each with its reasons.
+    MemoryBudgetError
+        If no plan fits ``max_memory``.
+    RingError
+        If distributed execution is asked for.
+
+    Examples
+    --------
+    >>> import attnplan
+    >>> from attnplan import AttentionSpec, patterns as P
+    >>> spec = AttentionSpec(seq_len=4096, heads=8, head_dim=64, pattern=P.longnet([512, 1024], [1, 2]))
+    >>> plan = attnplan.compile(spec, device="cpu-2core")
+    >>> plan.strategy, plan.backend
+    ('lattice', 'eager')
+    >>> attnplan.compile(spec, device="cpu-2core") is plan
+    True
+    """
+    if not isinstance(spec, AttentionSpec):
+        raise SpecError(
+            f"compile needs an AttentionSpec, got {type(spec).__name__}; for one call use attnplan.attention"
+        )
+    _refuse_what_is_missing(spec, mesh, tune)
+    target = resolve(device)
+    if deterministic and target.device.kind == "cuda":
+        raise NoBackendError("deterministic=True on CUDA: no schedule has been proved to repeat bit for bit yet")
+    budget = None if max_memory is None else parse_bytes(max_memory)
+    name = target.torch_device or target.device.name
+    key = _Key(spec, name, backend, strategy, budget, deterministic, strict, fingerprint())
+    plan = _plans.get(key)
+    if plan is None:
+        found = search(spec, target, backend, strategy, budget)
+        pins = {"backend": backend, "strategy": strategy, "max_memory": budget}
+        plan = _plans.put(key, Plan(spec, target, found, pins))
+    assert isinstance(plan, Plan)
+    return plan
+
+
+def _refuse_what_is_missing(spec: AttentionSpec, mesh: object, tune: bool) -> None:
+    if mesh is not None:
+        raise RingError("mesh= needs ring execution, which is not in this version; leave it out to run on one device")
+    if spec.ring_size > 1:
+        raise RingError(
+            f"ring_size={spec.ring_size} needs the ring pass, which is not in this version; use ring_size=1"
+        )
+    if tune:
+        raise SpecError("tune=True needs the measuring search, which is not in this version; leave it out")
+
+
+def cache_clear() -> None:
+    """Forget every plan."""
+    _plans.clear()
+    _calls.clear()
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | Mixture | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    layout: str = "bhsd",
+    return_lse: bool = False,
+    backend: str = "auto",
+    strategy: str = "auto",
+    max_memory: int | str | None = None,
+    **operands: Any,
+) -> Any:
+    """Compute attention in one call: infer the spec, find its plan in a bounded cache, run it.
+
+    Parameters
+    ----------
+    q, k, v
+        ``[B, H, S, D]``, ``[B, H_kv, K, D]``, ``[B, H_kv, K, Dv]`` (``"bshd"``: heads and rows swapped).
+    pattern
+        Which pairs may meet; the default is all.
+    causal, scale, softcap, layout
+        As in :class:`AttentionSpec`.
+    return_lse
+        Return the log-sum-exp too.
+    backend, strategy, max_memory
+        As in :func:`attnplan.compile`.
+    **operands
+        ``documents``, ``key_padding`` and ``q_offset``, as a plan takes them. Without lengths of their own in the
+        pattern, documents and key_padding are added to it.
+
+    Returns
+    -------
+    Tensor or tuple of Tensor
+        The output, or a pair of output and LSE.
+
+    Examples
+    --------
+    >>> import torch, attnplan
+    >>> from attnplan import patterns as P
+    >>> q = k = v = torch.randn(1, 2, 16, 8)
+    >>> attnplan.attention(q, k, v, pattern=P.window(4), causal=True).shape
+    torch.Size([1, 2, 16, 8])
+    """
+    key = (
+        q.shape, k.shape, v.shape, q.dtype, q.device, pattern, causal, scale, softcap, layout, backend, strategy,
+        max_memory, tuple(operands),
+    )  # fmt: skip
+    plan = _calls.get(key)
+    if plan is None:
+        spec = _inferred(q, k, v, pattern, causal, scale, softcap, layout, operands)
+        plan = _calls.put(key, compile(spec, q.device, backend, strategy, max_memory))
+    return plan(q, k, v, return_lse=return_lse, **operands)
+
+
+def _inferred(
+    q: Any,
+    k: Any,
+    v: Any,
+    pattern: Any,
+    causal: bool,
+    scale: Any,
+    softcap: Any,
+    layout: str,
+    operands: Mapping[str, Any],
+) -> AttentionSpec:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if getattr(tensor, "ndim", None) != 4:
+            raise SpecError(f"{name} must be a tensor of 4 dimensions, got {_described(tensor)}")
+    from attnplan.calls import check_operand_names
+
+    check_operand_names(operands, frozenset(OPERANDS))
+    pattern = P.full() if pattern is None else pattern
+    wanted: frozenset[str] = getattr(pattern, "operands", frozenset())
+    for name, condition in (("documents", P.documents()), ("key_padding", P.padding())):
+        if name in operands and name not in wanted:
+            pattern = pattern & condition
+    heads, rows = (1, 2) if layout == "bhsd" else (2, 1)
+    return AttentionSpec(
+        seq_len=q.shape[rows],
+        kv_len=k.shape[rows],
+        heads=q.shape[heads],
+        kv_heads=k.shape[heads],
+        head_dim=q.shape[3],
+        value_dim=v.shape[3],
+        batch=max(1, q.shape[0]),
+        pattern=pattern,
+        causal=causal,
+        dtype=str(q.dtype),
+        layout=layout,
+        scale=scale,
+        softcap=softcap,
+        q_offset="q_offset" in operands,
+    )
+
+
+def _described(tensor: Any) -> str:
+    return f"shape {list(tensor.shape)}" if hasattr(tensor, "shape") else type(tensor).__name__
+
+
+__all__ = ["Dim", "Plan", "attention", "cache_clear", "compile", "fingerprint"]
