@@ -54,9 +54,9 @@ def _one_of(value: object, known: tuple[str, ...], name: str) -> None:
         raise SpecError(f"unknown {name} {value!r}{did_you_mean(str(value), known)}")
 
 
-def _dtype_name(value: object) -> object:
+def _dtype_name(value: object) -> str:
     """Accept ``torch.bfloat16`` for ``"bfloat16"``."""
-    return value if isinstance(value, str) else str(value).removeprefix("torch.")
+    return str(value).removeprefix("torch.")
 
 
 def _pattern(value: object) -> object:

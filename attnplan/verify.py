@@ -165,6 +165,7 @@ def sampled_attention(
     offset = operands["q_offset"] if spec.q_offset else shape.shift
     key = torch.arange(shape.kv_len, device=q.device)
     runtime = {name: Table(t) for name, t in runtime_tables(operands, shape.kv_len).items()}
+    by_head = [x.unbind(1) for x in (q, k, v)]  # selected one by one, each would get a gradient of full size
     outs, lses = [], []
     for where in spec.branches:
         static = where.tables(shape).items()
@@ -174,7 +175,7 @@ def sampled_attention(
             rows = positions[heads == head]
             mask = where.pairs(tables, torch.full((1, 1), head, device=q.device), (rows + offset)[:, None], key[None])
             kv = head // (spec.heads // spec.kv_heads)
-            one = (q[:, head, rows], k[:, kv], v[:, kv])
+            one = (by_head[0][head][:, rows], by_head[1][kv], by_head[2][kv])
             parts.append(softmax_attention(*one, mask=mask, scale=spec.softmax_scale, softcap=spec.softcap))
         outs.append(torch.cat([out for out, _ in parts], dim=1))
         lses.append(torch.cat([lse for _, lse in parts], dim=1))

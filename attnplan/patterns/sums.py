@@ -8,6 +8,7 @@ with probability at most degree / prime, by the Schwartz-Zippel lemma.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from math import gcd
 
 import attrs
@@ -243,5 +244,13 @@ def head_sum(conjunction: Conjunction, head: int, point: Point, shift: int, seq_
     """Return the sum of ``x^row y^key`` over the pairs of one head, its opaque conjuncts left aside."""
     if not conjunction.admits(head):
         return 0
-    pieces = cells(conjunction.dilated, conjunction.offsets(head), shift, seq_len, kv_len)
+    return _offset_sum(conjunction, conjunction.offsets(head), point, shift, seq_len, kv_len)
+
+
+@lru_cache(maxsize=8192)
+def _offset_sum(
+    conjunction: Conjunction, offsets: tuple[int, ...], point: Point, shift: int, seq_len: int, kv_len: int
+) -> int:
+    """Return the sum for one head; heads with one offset share it."""
+    pieces = cells(conjunction.dilated, offsets, shift, seq_len, kv_len)
     return point.reduce(sum(p.sum(point, conjunction.left, conjunction.right, shift) for p in pieces))

