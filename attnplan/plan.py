@@ -12,12 +12,13 @@ import attrs
 
 from attnplan import patterns as P
 from attnplan.backends import Backend, Program, Schedule
+from attnplan.calls import check_call, check_operand_names
 from attnplan.cost import Prediction, Target, resolve
 from attnplan.errors import NoBackendError, RingError, SpecError
 from attnplan.ir import Graph
 from attnplan.passes import Step
 from attnplan.patterns import Mixture, Pattern
-from attnplan.search import Candidate, Found, search
+from attnplan.search import Candidate, Found, lowerings, search
 from attnplan.spec import OPERANDS, AttentionSpec, Dim
 from attnplan.units import parse_bytes
 
@@ -67,43 +68,43 @@ class Plan:
         self._programs: OrderedDict[tuple[int, int], Program] = OrderedDict()
         self._program: Program | None = None
         self._lock = threading.Lock()
-        self._ready = _Ready(spec)
+        self._seen: tuple[Any, ...] = (None,) * 5
+        self._always_check = bool(spec.operands)
+        self._swapped = spec.layout == "bshd"
 
     @property
     def program(self) -> Program:
-        """The emitted program; for open lengths that the program does not follow, the one for the maximum."""
-        if self._program is None:
-            shape = self.spec.shape
-            self._program = self._emit(self.spec, self.graph) if self.spec.is_static else None
-            if self._program is None:
-                first = self._emit(self.spec, self.graph) if not _takes(self.graph) else None
-                if first is None or not first.follows_lengths:
-                    return self._program_for(shape.seq_len, shape.kv_len)
-                self._program = first
-        return self._program
+        """The emitted program; where every length has its own, the one for the maximum."""
+        shape = self.spec.shape
+        return self._program_at(shape.seq_len, shape.kv_len)
+
+    def _program_at(self, seq_len: int, kv_len: int) -> Program:
+        """Return the program that runs calls of these lengths, emitted on first use."""
+        with self._lock:
+            if self._program is None and (self.spec.is_static or not _takes(self.graph)):
+                program = self._emit(self.spec, self.graph)
+                if self.spec.is_static or program.follows_lengths:
+                    self._program = program
+            if self._program is not None:
+                return self._program
+            key = (seq_len, kv_len)
+            if key not in self._programs:
+                self._programs[key] = self._specialised(seq_len, kv_len)
+            self._programs.move_to_end(key)
+            if len(self._programs) > _KEPT_PROGRAMS:
+                self._programs.popitem(last=False)
+            return self._programs[key]
+
+    def _specialised(self, seq_len: int, kv_len: int) -> Program:
+        """Emit the program for the lengths of one call of a spec with open lengths."""
+        here = self.spec.at(seq_len, kv_len)
+        lowered = {x.strategy: x for x in lowerings(here)}
+        # a strategy that changes nothing at these lengths is listed once, under the first name
+        return self._emit(here, lowered.get(self.strategy, lowered["dense"]).graph)
 
     def _emit(self, spec: AttentionSpec, graph: Graph) -> Program:
         device = self.target.torch_device or self.device.kind
         return self._backend.emit(graph, spec, self._schedule, device)
-
-    def _program_for(self, seq_len: int, kv_len: int) -> Program:
-        """Return the program for the lengths of one call of a spec with open lengths."""
-        key = (seq_len, kv_len)
-        with self._lock:
-            if key in self._programs:
-                self._programs.move_to_end(key)
-                return self._programs[key]
-        from attnplan.search import lowerings
-
-        here = self.spec.at(seq_len, kv_len)
-        lowered = {x.strategy: x for x in lowerings(here)}
-        graph = lowered.get(self.strategy, lowered["dense"]).graph
-        program = self._emit(here, graph)
-        with self._lock:
-            self._programs[key] = program
-            if len(self._programs) > _KEPT_PROGRAMS:
-                self._programs.popitem(last=False)
-        return program
 
     @property
     def source(self) -> str:
@@ -152,14 +153,12 @@ class Plan:
         NoBackendError
             If the plan is for hardware that is not here.
         """
-        if not self._ready.accepts(q, k, v) or operands or self.spec.operands or (return_lse and not self.spec.has_lse):
+        if self._always_check or operands or return_lse or not self._seen_before(q, k, v):
             self._check_call(q, k, v, return_lse, operands)
-        swapped = self.spec.layout == "bshd"
+        swapped = self._swapped
         if swapped:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        program = self._program
-        if program is None:
-            program = self.program if self.spec.is_static else self._open_program(q.shape[2], k.shape[2])
+        program = self._program or self._program_at(q.shape[2], k.shape[2])
         out, lse = program(q, k, v, operands, return_lse)
         if swapped:
             out = out.transpose(1, 2)
@@ -168,19 +167,23 @@ class Plan:
         assert lse is not None
         return out, lse
 
-    def _open_program(self, seq_len: int, kv_len: int) -> Program:
-        """Return the program for open lengths: one that follows them, or one of its own for these."""
-        if not _takes(self.graph) and self.backend != "reference":
-            program = self.program
-            if program.follows_lengths:
-                return program
-        return self._program_for(seq_len, kv_len)
+    def _seen_before(self, q: Any, k: Any, v: Any) -> bool:
+        """Return whether these tensors are like those of the last call that was checked."""
+        seen = self._seen
+        try:
+            return (
+                q.shape == seen[0]
+                and k.shape == seen[1]
+                and v.shape == seen[2]
+                and q.dtype is k.dtype is v.dtype is seen[3]
+                and q.device == k.device == v.device == seen[4]
+            )
+        except AttributeError:  # not a tensor: the full check says so in words
+            return False
 
     def _check_call(self, q: Any, k: Any, v: Any, return_lse: bool, operands: Mapping[str, Any]) -> None:
-        from attnplan.calls import check_call
-
         check_call(self.spec, self.target, q, k, v, return_lse, operands)
-        self._ready.remember(q, k, v)
+        self._seen = (q.shape, k.shape, v.shape, q.dtype, q.device)  # one assignment: threads see all of it or none
 
     def explain(self, format: str = "text") -> Any:  # noqa: A002  # the public name
         """Return what was chosen, why, and what everything costs.
@@ -251,35 +254,6 @@ class Plan:
 
 def _takes(graph: Graph) -> bool:
     return any(node.op.name == "take" for node in graph)
-
-
-class _Ready:
-    """Recognises tensors like those of a call that was checked before, at the cost of a few comparisons."""
-
-    __slots__ = ("_device", "_dtype", "_k", "_q", "_v")
-
-    def __init__(self, spec: AttentionSpec) -> None:
-        self._q = self._k = self._v = self._dtype = self._device = None
-
-    def accepts(self, q: Any, k: Any, v: Any) -> bool:
-        return (
-            (
-                q.shape == self._q
-                and k.shape == self._k
-                and v.shape == self._v
-                and q.dtype is self._dtype
-                and k.dtype is self._dtype
-                and v.dtype is self._dtype
-                and q.device == self._device
-                and k.device == self._device
-                and v.device == self._device
-            )
-            if hasattr(q, "shape") and hasattr(k, "shape") and hasattr(v, "shape")
-            else False
-        )
-
-    def remember(self, q: Any, k: Any, v: Any) -> None:
-        self._q, self._k, self._v, self._dtype, self._device = q.shape, k.shape, v.shape, q.dtype, q.device
 
 
 @attrs.frozen
@@ -514,8 +488,6 @@ def _inferred(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if getattr(tensor, "ndim", None) != 4:
             raise SpecError(f"{name} must be a tensor of 4 dimensions, got {_described(tensor)}")
-    from attnplan.calls import check_operand_names
-
     check_operand_names(operands, frozenset(OPERANDS))
     pattern = P.full() if pattern is None else pattern
     wanted: frozenset[str] = getattr(pattern, "operands", frozenset())

@@ -39,16 +39,12 @@ def merge(q: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor], places: Seq
     A row that no part covers gets output 0 and LSE -inf.
     """
     total = merged_lse(q, lses, places)
+    finite = total.masked_fill(total == -torch.inf, 0)  # -inf minus -inf would be NaN; such rows have weight 0
     out = empty_like_rows(q, outs[0].shape[-1], total.dtype).zero_()
     for part, lse, place in zip(outs, lses, places, strict=True):
-        weight = _weight(lse, _at_one(total, place))
+        weight = torch.exp(lse.to(total.dtype) - _at_one(finite, place))
         _at(out, place).addcmul_(part.to(out.dtype), weight.unsqueeze(-1))
     return out, total
-
-
-def _weight(lse: Tensor, total: Tensor) -> Tensor:
-    """Return a part's share of its rows' softmax; rows without a key have none."""
-    return torch.exp(lse.to(total.dtype) - total.masked_fill(total == -torch.inf, 0))
 
 
 def weighted_sum(q: Tensor, outs: Sequence[Tensor], weights: Sequence[float], places: Sequence[Place]) -> Tensor:

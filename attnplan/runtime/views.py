@@ -90,3 +90,8 @@ def zero_gradient(x: Tensor) -> Tensor:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which partial results of ``dtype`` are summed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return ``x`` in the dtype in which its partial results are summed."""
+    return x.to(accumulator(x.dtype))

@@ -115,9 +115,13 @@ class Emitter:
         return fx.GraphModule(self.modules, code, "Forward")
 
     def plain(self) -> fx.GraphModule:
-        """Return ``(q, k, v, operands) -> (out, lse)`` in plain torch, differentiable any number of times."""
+        """Return ``(q, k, v, operands) -> (out, lse)`` in plain torch, differentiable any number of times.
+
+        Everything is computed in the accumulating dtype, so that gradients of several branches are summed in it too.
+        """
         code = fx.Graph()
-        operands, *inputs = self._placeholders(code)
+        operands, q, *others = self._placeholders(code)
+        inputs = [_named(code, views.widened, (x,), f"wide_{x}") for x in (q, *others)]
 
         def one(node: Node, op: Attend) -> Value:
             q, k, v = self._rows(code, node, inputs, views.gather)
@@ -125,8 +129,8 @@ class Emitter:
             pair = code.call_function(attends.attend_plain, (q, k, v, mask, causal, op.scale, op.softcap))
             return _pair(code, pair, node.id)
 
-        values = self._values(code, inputs[0], one, (merges.merge_plain, merges.weighted_sum_plain))
-        code.output(self._finished(code, inputs[0], values))
+        values = self._values(code, q, one, (merges.merge_plain, merges.weighted_sum_plain))
+        code.output(self._finished(code, q, values))
         return fx.GraphModule(self.modules, code, "Plain")
 
     def backward(self, kernel: str) -> fx.GraphModule:
