@@ -13,6 +13,7 @@ torch.Size([1, 4, 1024, 32])
 """
 
 from attnplan import patterns
+from attnplan.api import attention, cache_clear, compile  # noqa: A004
 from attnplan.errors import (
     AttnPlanError,
     MemoryBudgetError,
@@ -22,7 +23,7 @@ from attnplan.errors import (
     SpecError,
     VerifyError,
 )
-from attnplan.plan import Plan, attention, cache_clear, compile  # noqa: A004
+from attnplan.plan import Plan
 from attnplan.spec import AttentionSpec, Dim
 
 __version__ = "0.1.0"

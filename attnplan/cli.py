@@ -73,7 +73,7 @@ def _spec(file: str | None, flags: dict[str, Any]) -> AttentionSpec:
 
 
 def _compile(spec: AttentionSpec, device: str, backend: str, strategy: str, max_memory: str | None) -> Any:
-    from attnplan.plan import compile  # noqa: A004
+    from attnplan.api import compile  # noqa: A004
 
     return compile(spec, device, backend, strategy, max_memory)
 

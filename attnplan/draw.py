@@ -55,11 +55,8 @@ def _positions(draw: Any, length: int, axis: int) -> Any:
 
 
 def _shade(share: float) -> str:
-    if share == 0:
-        return SHADES[0]
-    if share == 1:
-        return SHADES[-1]
-    return SHADES[1 + min(3, int(share**0.5 * 4))]
+    steps = (0.0, 0.04, 0.25, 0.75, 0.999)
+    return SHADES[sum(share > step for step in steps)]
 
 
 def static_part(pattern: Pattern) -> Pattern:

@@ -112,13 +112,13 @@ def test_padding_does_not_leak():
 def test_one_plan_for_all_batches_and_lengths():
     model = encoder()
     model.set_attn_implementation("attnplan")
-    bridge._plan.cache_clear()
+    bridge.attend._plan.cache_clear()
     for batch, length in ((3, 12), (2, 9), (3, 30)):
         ids = tokens(batch, length)
         model(ids, attention_mask=padded(ids, "right"))
-    assert bridge._plan.cache_info().misses == 1
+    assert bridge.attend._plan.cache_info().misses == 1
     assert bridge.stats().plan_calls == 3 * LAYERS
-    assert [bridge._bound(n) for n in (1, 1024, 1025, 4096)] == [1024, 1024, 2048, 4096]
+    assert [bridge.attend._bound(n) for n in (1, 1024, 1025, 4096)] == [1024, 1024, 2048, 4096]
 
 
 def test_gradients():
@@ -173,9 +173,9 @@ def test_prefill_and_decoding_share_a_plan():
     ids = tokens(batch=2)
     model = llama()
     model.set_attn_implementation("attnplan")
-    bridge._plan.cache_clear()
+    bridge.attend._plan.cache_clear()
     model.generate(ids, attention_mask=padded(ids, "left", (0, 5)), max_new_tokens=8, do_sample=False)
-    assert bridge._plan.cache_info().misses == 1
+    assert bridge.attend._plan.cache_info().misses == 1
 
 
 def test_packed_positions_become_documents():

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnplan.api import attention
 from attnplan.errors import SpecError
 from attnplan.patterns import Mixture, Pattern, full, parse
-from attnplan.plan import attention
 
 
 class PlannedAttention(torch.nn.Module):

@@ -72,7 +72,7 @@ def _run(
     assert isinstance(op, Output)
     out, lse = args[0]
     b, h, s = tensors["q"].shape[:3]
-    return out.reshape(b, h, s, -1), None if lse is None else lse.reshape(b, h, s)
+    return out.reshape(b, h, s, out.shape[-1]), None if lse is None else lse.reshape(b, h, s)
 
 
 def _labels(op: Merge | Mix, count: int) -> tuple[int, ...]:

@@ -95,3 +95,8 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def widened(x: Tensor) -> Tensor:
     """Return ``x`` in the dtype in which its partial results are summed."""
     return x.to(accumulator(x.dtype))
+
+
+def with_features_in_line(x: Tensor) -> Tensor:
+    """Return ``x``, or a copy if its features do not lie side by side: kernels read them as if they did, unchecked."""
+    return x if x.stride(-1) == 1 else x.contiguous()

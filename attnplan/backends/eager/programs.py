@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.autograd.function import once_differentiable
 
+from attnplan.runtime.views import with_features_in_line
+
 
 @attrs.frozen(eq=False)
 class FusedProgram:
@@ -27,6 +29,7 @@ class FusedProgram:
         self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Run on q, k, v in ``[B, H, S, D]``."""
+        q, k, v = with_features_in_line(q), with_features_in_line(k), with_features_in_line(v)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             out, lse = _Fused.apply(self, operands, q, k, v)  # type: ignore[no-untyped-call]
             return out, lse
@@ -49,8 +52,7 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
         q, k, v, out, lse, *saved = ctx.saved_tensors
-        if grad is None:
-            grad = torch.zeros_like(out)
+        grad = torch.zeros_like(out) if grad is None else with_features_in_line(grad)
         gradients = ctx.program.backward.forward(grad, grad_lse, ctx.operands, q, k, v, out, lse, *saved)
         return None, None, *gradients
 
@@ -71,6 +73,7 @@ class DirectProgram:
         """Run on q, k, v in ``[B, H, S, D]``."""
         if return_lse:
             return self.fused(q, k, v, operands, return_lse)
+        q, k, v = with_features_in_line(q), with_features_in_line(k), with_features_in_line(v)
         return self.module.forward(q, k, v), None
 
 

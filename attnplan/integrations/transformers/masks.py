@@ -1,132 +1,18 @@
-"""Hugging Face transformers: run a model's attention through attnplan.
-
-Transformers asks twice. Once per forward pass a *mask function* is given a rule and returns a mask; then every layer's
-*attention function* is given that mask with its q, k and v. Here the mask function proves which pattern the rule is and
-returns a :class:`ProvenMask`, from which the attention function takes a plan. A rule without a proof becomes the dense
-mask of stock SDPA and runs there, and :func:`stats` counts it with its reason: nothing is guessed and nothing dropped.
-
-References
-----------
-https://huggingface.co/docs/transformers/attention_interface; ``transformers/masking_utils.py`` and
-``transformers/integrations/sdpa_attention.py`` of transformers 5.23.
-"""
+"""The mask function: prove which pattern a rule of transformers is, or build the dense mask of stock SDPA."""
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from importlib import import_module
-from inspect import signature
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
-import attnplan
 from attnplan import patterns as P
-from attnplan.errors import SpecError
 from attnplan.patterns.bands import Band
-from attnplan.spec import AttentionSpec, Dim
-
-NAME = "attnplan"
-"""The ``attn_implementation``; dispatch by substring forbids names with "flash", "sdpa", "flex_attention", "paged"."""
-
-
-def register() -> str:
-    """Make ``attn_implementation="attnplan"`` known to transformers; doing it again changes nothing.
-
-    Returns
-    -------
-    str
-        The name to pass to ``from_pretrained`` or ``model.set_attn_implementation``.
-
-    Raises
-    ------
-    ImportError
-        If transformers is not installed, or too old.
-
-    Examples
-    --------
-    >>> import pytest
-    >>> _ = pytest.importorskip("transformers")
-    >>> register()
-    'attnplan'
-
-    References
-    ----------
-    https://huggingface.co/docs/transformers/attention_interface
-    """
-    try:
-        from transformers import AttentionInterface, AttentionMaskInterface
-    except ImportError as error:
-        raise ImportError(f"attn_implementation={NAME!r} needs transformers >= 5.4: {error}") from error
-    if "q_offset" not in signature(_masking_utils().sdpa_mask).parameters:
-        raise ImportError(f"attn_implementation={NAME!r} needs transformers >= 5.4, which tells masks their q_offset")
-    # Proofs, plan look-ups and counts are Python: torch.compile leaves them out, at the cost of two graph breaks.
-    eager: Any = torch.compiler.disable
-    # Both: for a name without a mask function transformers passes no mask at all, and padding silently vanishes.
-    AttentionInterface.register(NAME, eager(attention, reason="attnplan looks up and counts plans in Python"))
-    AttentionMaskInterface.register(NAME, eager(make_mask, reason="attnplan proves masks in Python"))
-    return NAME
-
-
-def _masking_utils() -> Any:
-    return import_module("transformers.masking_utils")  # only when used, and Any whether it is installed or not
-
-
-@attrs.frozen
-class Stats:
-    """How often the attention function ran, by what it ran.
-
-    Parameters
-    ----------
-    plan_calls, fallbacks
-        Calls of a plan and of stock SDPA; one per layer and forward pass.
-    reasons
-        Fallbacks by reason.
-    """
-
-    plan_calls: int
-    fallbacks: int
-    reasons: dict[str, int]
-
-
-_lock = threading.Lock()
-_plan_calls = 0
-_reasons: Counter[str] = Counter()
-
-
-def stats() -> Stats:
-    """Return the counts since the last :func:`reset_stats`.
-
-    Examples
-    --------
-    >>> reset_stats()
-    >>> stats()
-    Stats(plan_calls=0, fallbacks=0, reasons={})
-    """
-    with _lock:
-        return Stats(_plan_calls, _reasons.total(), dict(_reasons))
-
-
-def reset_stats() -> None:
-    """Set all counts to zero."""
-    global _plan_calls
-    with _lock:
-        _plan_calls = 0
-        _reasons.clear()
-
-
-def _count(reason: str | None = None) -> None:
-    global _plan_calls
-    with _lock:
-        if reason is None:
-            _plan_calls += 1
-        else:
-            _reasons[reason] += 1
 
 
 @attrs.frozen(eq=False)
@@ -215,7 +101,7 @@ def make_mask(
     ----------
     ``transformers.masking_utils.sdpa_mask``, whose parameters and meaning these are.
     """
-    masking_utils = _masking_utils()
+    masking_utils = transformers_masks()
     # A static cache adds to this very tensor before the layers read it: subtraction makes a tensor of our own.
     shift = q_offset - kv_offset
     rule = masking_utils.causal_mask_function if mask_function is None else mask_function
@@ -237,7 +123,7 @@ def make_mask(
         try:
             request = _prove(rule, range(kv_offset, kv_offset + kv_length))
             request = _add_padding(request, attention_mask, q_length, kv_length, q_offset, kv_offset)
-            request = _add_offset(request, shift, q_length, kv_length)
+            request = add_offset(request, shift, q_length, kv_length)
             return ProvenMask((batch_size, 1, q_length, kv_length), device, request, dense)
         except _NoProofError as no_proof:
             reason = str(no_proof)
@@ -253,7 +139,7 @@ class _NoProofError(Exception):
 @cache
 def _rules() -> tuple[tuple[Any, str], ...]:
     """Return the code object of each kind of closure that transformers builds masks from, and the kind's name."""
-    masking_utils = _masking_utils()
+    masking_utils = transformers_masks()
     makers = {
         "and_masks": (),
         "sliding_window_overlay": (1,),
@@ -274,7 +160,7 @@ def _read(rule: Callable[..., Any]) -> tuple[str, dict[str, Any]]:
     A function is its code and the values that it closes over. Comparing the code object itself, not its name, leaves
     no room for a function that merely looks alike.
     """
-    masking_utils = _masking_utils()
+    masking_utils = transformers_masks()
     for name in ("causal_mask_function", "bidirectional_mask_function"):
         if rule is getattr(masking_utils, name):
             return name, {}
@@ -318,7 +204,7 @@ def _prove_packed(packed: dict[str, Any], remapped: dict[str, Any], keys: range)
     distance between rows; but only if the documents are those that the positions imply.
     """
     index: Tensor = packed["packed_sequence_mask"]
-    implied = _masking_utils().find_packed_sequence_indices(remapped["position_ids"])
+    implied = transformers_masks().find_packed_sequence_indices(remapped["position_ids"])
     if implied is None or not torch.equal(implied, index) or keys != range(index.shape[1]):
         raise _NoProofError("packed sequences that do not follow from position_ids")
     inner = _prove(remapped["mask_function"], keys)
@@ -354,7 +240,7 @@ def _add_padding(
     return MaskRequest(request.pattern & P.padding(), {**request.operands, "key_padding": keys})
 
 
-def _add_offset(request: MaskRequest, shift: int | Tensor, q_length: int, kv_length: int) -> MaskRequest:
+def add_offset(request: MaskRequest, shift: int | Tensor, q_length: int, kv_length: int) -> MaskRequest:
     """Pass the position of query row 0 along, unless it is the default or does not matter."""
     local = any(isinstance(t, Band) for t in request.pattern.walk())
     if not local or (isinstance(shift, int) and shift == kv_length - q_length):
@@ -362,169 +248,6 @@ def _add_offset(request: MaskRequest, shift: int | Tensor, q_length: int, kv_len
     return attrs.evolve(request, operands={**request.operands, "q_offset": shift})
 
 
-@lru_cache(maxsize=256)
-def _plan(
-    pattern: P.Pattern,
-    q_offset: bool,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    value_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    scale: float | None,
-    softcap: float | None,
-    q_bound: int,
-    kv_bound: int,
-) -> attnplan.Plan:
-    """Return the plan for all batch sizes and lengths; the cache only spares building the spec at every call."""
-    spec = AttentionSpec(
-        seq_len=Dim("s", max=q_bound),
-        kv_len=Dim("t", max=kv_bound),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        value_dim=value_dim,
-        pattern=pattern,
-        dtype=str(dtype).removeprefix("torch."),
-        scale=scale,
-        softcap=softcap,
-        q_offset=q_offset,
-    )
-    return attnplan.compile(spec, device)
-
-
-def _bound(length: int) -> int:
-    """Return the length to plan for: one plan up to 1024, then one for each doubling.
-
-    The model's own maximum would be one plan for all, but priced, and refused for want of memory, at 131072 rows that
-    no call brings.
-    """
-    return max(1024, 1 << (length - 1).bit_length())
-
-
-def attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Compute one layer's attention: the attention function of transformers' ``AttentionInterface``.
-
-    Parameters
-    ----------
-    module
-        The layer; ``module.is_causal`` counts where no mask is given and ``is_causal`` is None.
-    query, key, value
-        ``[B, H, S, D]``, ``[B, H_kv, T, D]``, ``[B, H_kv, T, Dv]``.
-    attention_mask
-        What :func:`make_mask` returned; or a dense mask, which runs on stock SDPA; or None.
-    dropout, scaling, softcap
-        Probability, factor on ``q @ k^T`` and cap of the scores.
-    is_causal, sliding_window
-        Count only where no mask is given, as everywhere in transformers: a mask says all.
-    options
-        Ignored, but for what would change the result: that is refused.
-
-    Returns
-    -------
-    tuple
-        The output ``[B, S, H, Dv]``, contiguous, and None in place of the attention weights.
-
-    Raises
-    ------
-    SpecError
-        If the model asks for something that plans cannot do: dropout, sink logits, a position bias, a paged cache,
-        attention weights.
-
-    References
-    ----------
-    ``transformers.integrations.sdpa_attention.sdpa_attention_forward``, whose rules for None these are.
-    """
-    _refuse(dropout, options)
-    batch, heads, q_length, head_dim = query.shape
-    kv_heads, kv_length, value_dim = value.shape[1:]
-    if attention_mask is None:
-        request = _without_mask(module, q_length, kv_length, is_causal, sliding_window)
-    elif isinstance(attention_mask, ProvenMask) and attention_mask.shape == (batch, 1, q_length, kv_length):
-        request = attention_mask.request
-    else:
-        return _fall_back(module, query, key, value, attention_mask, scaling, softcap)
-    plan = _plan(
-        request.pattern,
-        "q_offset" in request.operands,
-        heads,
-        kv_heads,
-        head_dim,
-        value_dim,
-        query.dtype,
-        query.device,
-        scaling,
-        softcap,
-        _bound(q_length),
-        _bound(kv_length),
-    )
-    _count()
-    return plan(query, key, value, **request.operands).transpose(1, 2).contiguous(), None
-
-
-_REFUSED = {
-    "s_aux": "sink logits (s_aux)",
-    "position_bias": "a position bias",
-    "cache": "a paged cache",
-    "output_attentions": "attention weights (output_attentions=True)",
-}
-
-
-def _refuse(dropout: float, options: Mapping[str, Any]) -> None:
-    if dropout:
-        raise SpecError(
-            f"attnplan has no dropout yet, and the model trains with dropout={dropout} on attention weights; set the "
-            "config's attention_dropout (attention_probs_dropout_prob) to 0, or use attn_implementation='sdpa'"
-        )
-    for name, what in _REFUSED.items():
-        if options.get(name) is not None and options[name] is not False:
-            raise SpecError(f"attnplan cannot run {what}, which this model asks for; use attn_implementation='eager'")
-
-
-def _without_mask(
-    module: torch.nn.Module, q_length: int, kv_length: int, is_causal: bool | None, sliding_window: int | None
-) -> MaskRequest:
-    """Return what a layer without a mask computes.
-
-    Causality then aligns query row 0 with key 0, and a single query is a decoding step that sees every key. Windows are
-    those that transformers gives to flash-attn; stock SDPA ignores them.
-    """
-    causal = q_length > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    pattern = P.causal() if causal else P.full()
-    if sliding_window is not None and kv_length > sliding_window:
-        pattern = pattern & P.window(sliding_window - 1)
-    return _add_offset(MaskRequest(pattern), 0 if causal else kv_length - q_length, q_length, kv_length)
-
-
-def _fall_back(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    scaling: float | None,
-    softcap: float | None,
-) -> tuple[Tensor, None]:
-    reason = getattr(mask, "_attnplan_reason", "a dense mask from the model or its caller")
-    if isinstance(mask, ProvenMask):
-        reason = "a mask whose shape differs from the layer's q and k"
-        mask = mask.dense()
-    if softcap is not None:
-        raise SpecError(f"softcap={softcap} needs a plan, but there is none: {reason}; use attn_implementation='eager'")
-    _count(reason)
-    stock: Any = import_module("transformers.integrations.sdpa_attention")
-    out, _ = stock.sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=False)
-    return out, None
+def transformers_masks() -> Any:
+    """Return transformers' mask module: imported only when used, and Any whether it is installed or not."""
+    return import_module("transformers.masking_utils")
