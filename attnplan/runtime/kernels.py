@@ -92,7 +92,6 @@ class FlashCUDA:
     ) -> tuple[Tensor, Tensor]:
         """Run the forward operator."""
         assert mask is None
-        k, v = _same_heads(q, k), _same_heads(q, v)
         result = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
         return result[0], result[1][..., : q.shape[2]]
 
@@ -109,23 +108,25 @@ class FlashCUDA:
         mask: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the backward operator; gradients of shared heads are summed."""
+        """Run the backward operator. Without packed lengths and dropout it wants None for what describes them."""
         assert mask is None
-        wide_k, wide_v = _same_heads(q, k), _same_heads(q, v)
-        nothing = torch.empty(0, dtype=torch.int64, device=q.device)
-        dq, dk, dv = _aten._scaled_dot_product_flash_attention_backward(
-            grad, q, wide_k, wide_v, out, lse.contiguous(), nothing, nothing, q.shape[2], k.shape[2], 0.0, causal,
-            nothing, nothing, scale=scale,
-        )  # fmt: skip
-        return dq, _fewer_heads(dk, k), _fewer_heads(dv, v)
-
-
-def _same_heads(q: Tensor, k: Tensor) -> Tensor:
-    return k if k.shape[1] == q.shape[1] else k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-
-
-def _fewer_heads(grad: Tensor, k: Tensor) -> Tensor:
-    return grad if grad.shape[1] == k.shape[1] else grad.reshape(grad.shape[0], k.shape[1], -1, *grad.shape[2:]).sum(2)
+        return _aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
+            grad,
+            q,
+            k,
+            v,
+            out,
+            lse.contiguous(),
+            None,
+            None,
+            q.shape[2],
+            k.shape[2],
+            0.0,
+            causal,
+            None,
+            None,
+            scale=scale,
+        )
 
 
 KERNELS: dict[str, Kernel] = {"flash-cpu": FlashCPU(), "flash-cuda": FlashCUDA()}
