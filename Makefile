@@ -30,7 +30,7 @@ test-slow: $(VENV)/.ready
 	$(BIN)/pytest -m slow
 
 mutants: $(VENV)/.ready
-	$(BIN)/python -m bench.mutants --json bench/results/mutants.json
+	$(BIN)/python -m bench.mutants --json bench/results/mutants.json --docs docs/mutants.md
 
 golden: $(VENV)/.ready
 	$(BIN)/pytest tests/test_passes.py --update-golden

@@ -195,6 +195,7 @@ def attention(
     causal: bool = False,
     scale: float | None = None,
     softcap: float | None = None,
+    dropout: float = 0.0,
     layout: str = "bhsd",
     return_lse: bool = False,
     backend: str = "auto",
@@ -210,15 +211,15 @@ def attention(
         ``[B, H, S, D]``, ``[B, H_kv, K, D]``, ``[B, H_kv, K, Dv]`` (``"bshd"``: heads and rows swapped).
     pattern
         Which pairs may meet; the default is all.
-    causal, scale, softcap, layout
+    causal, scale, softcap, dropout, layout
         As in :class:`AttentionSpec`.
     return_lse
         Return the log-sum-exp too.
     backend, strategy, max_memory
         As in :func:`attnplan.compile`.
     **operands
-        ``documents``, ``key_padding`` and ``q_offset``, as a plan takes them. Without lengths of their own in the
-        pattern, documents and key_padding are added to it.
+        ``documents``, ``key_padding``, ``q_offset`` and ``dropout_seed``, as a plan takes them. A pattern that does
+        not mention documents or padding gets them added.
 
     Returns
     -------
@@ -233,13 +234,17 @@ def attention(
     >>> attnplan.attention(q, k, v, pattern=P.window(4), causal=True).shape
     torch.Size([1, 2, 16, 8])
     """
-    key = (
-        q.shape, k.shape, v.shape, q.dtype, q.device, pattern, causal, scale, softcap, layout, backend, strategy,
-        max_memory, tuple(operands),
-    )  # fmt: skip
+    try:
+        key = (
+            q.shape, k.shape, v.shape, q.dtype, q.device, pattern, causal, scale, softcap, dropout, layout, backend,
+            strategy, max_memory, tuple(operands),
+        )  # fmt: skip
+    except AttributeError:  # not a tensor
+        _check_dimensions(q, k, v)
+        raise
     plan = _calls.get(key)
     if plan is None:
-        spec = _inferred(q, k, v, pattern, causal, scale, softcap, layout, operands)
+        spec = _inferred(q, k, v, pattern, causal, scale, softcap, dropout, layout, operands)
         plan = _calls.put(key, compile(spec, q.device, backend, strategy, max_memory))
     return plan(q, k, v, return_lse=return_lse, **operands)
 
@@ -252,12 +257,11 @@ def _inferred(
     causal: bool,
     scale: Any,
     softcap: Any,
+    dropout: float,
     layout: str,
     operands: Mapping[str, Any],
 ) -> AttentionSpec:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if getattr(tensor, "ndim", None) != 4:
-            raise SpecError(f"{name} must be a tensor of 4 dimensions, got {_described(tensor)}")
+    _check_dimensions(q, k, v)
     check_operand_names(operands, frozenset(OPERANDS))
     pattern = P.full() if pattern is None else pattern
     wanted: frozenset[str] = getattr(pattern, "operands", frozenset())
@@ -279,8 +283,15 @@ def _inferred(
         layout=layout,
         scale=scale,
         softcap=softcap,
+        dropout=dropout,
         q_offset="q_offset" in operands,
     )
+
+
+def _check_dimensions(q: Any, k: Any, v: Any) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if getattr(tensor, "ndim", None) != 4:
+            raise SpecError(f"{name} must be a tensor of 4 dimensions, got {_described(tensor)}")
 
 
 def _described(tensor: Any) -> str:

@@ -12,7 +12,13 @@ from attnplan.spec import OPERANDS, AttentionSpec, Dim
 _LATER = {
     "sink_logits": "learnable sink logits need a kernel backend, which is not in this version",
     "bias": "a bias on scores needs the compiled backend, which is not in this version",
-    "dropout_seed": "dropout is refused by every backend of this version",
+}
+
+_DECLARED_BY = {
+    "documents": "P.documents()",
+    "key_padding": "P.padding()",
+    "q_offset": "q_offset=True",
+    "dropout_seed": "dropout above 0",
 }
 
 
@@ -62,8 +68,7 @@ def check_operand_names(operands: Mapping[str, Any], allowed: frozenset[str]) ->
             raise SpecError(f"{name}: {_LATER[name]}")
         if name not in OPERANDS:
             raise SpecError(f"unknown operand {name!r}{did_you_mean(name, OPERANDS)}")
-        how = {"documents": "P.documents()", "key_padding": "P.padding()", "q_offset": "q_offset=True"}[name]
-        raise SpecError(f"this plan takes no {name}: its spec would need {how}")
+        raise SpecError(f"this plan takes no {name}: its spec would need {_DECLARED_BY[name]}")
 
 
 def _check_tensors(spec: AttentionSpec, target: Target, tensors: Mapping[str, Any]) -> None:

@@ -191,14 +191,19 @@ def _op_table(ops: list[dict[str, Any]]) -> Iterator[str]:
     yield ""
     yield (f"  {'op':<{width}}  {'result':<{results}}  {'GFLOP':>8} {'MiB':>8} {'us':>9}  {'bound':<8} % of roofline")
     for name, o in zip(names, shown, strict=True):
-        gflop = f"{o['gflop']:.3g}" if o["gflop"] else "-"
+        gflop = _number(o["gflop"]) if o["gflop"] else "-"
         roofline = f"{100 * o['roofline']:.0f}" if o["seconds"] else "-"
         yield (
-            f"  {name:<{width}}  {o['result']:<{results}}  {gflop:>8} {o['bytes'] / 2**20:>8.3g} "
-            f"{o['seconds'] * 1e6:>9.3g}  {o['bound'] if o['seconds'] else '-':<8} {roofline}"
+            f"  {name:<{width}}  {o['result']:<{results}}  {gflop:>8} {_number(o['bytes'] / 2**20):>8} "
+            f"{_number(o['seconds'] * 1e6):>9}  {o['bound'] if o['seconds'] else '-':<8} {roofline}"
         )
     if hidden:
         yield f"  ... and {hidden} more, views or below 1 % of the time each; --json lists all"
+
+
+def _number(value: float) -> str:
+    """Write three significant digits, or the whole number where it has more."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _worth_showing(ops: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:

@@ -45,7 +45,8 @@ def lower(spec: AttentionSpec) -> Graph:
     ]
     if not isinstance(spec.pattern, Mixture):
         return builder.build(builder.add(Output(), *attends))
-    taken = [b for b, where in enumerate(spec.branches) if _has_heads(where, spec.heads)] or [0]
+    # Where positions arrive with the call a proof reads no condition, so a branch without heads stays too.
+    taken = [b for b, where in enumerate(spec.branches) if spec.q_offset or _has_heads(where, spec.heads)] or [0]
     mixed = builder.add(
         Mix(
             rows=builder.type(q).rows,

@@ -133,6 +133,8 @@ class Plan:
             For ``P.padding()``: bool ``[B, K]``, True where the key is real.
         q_offset
             For ``q_offset=True``: the position of query row 0, an int or an int tensor ``[]`` or ``[B]``.
+        dropout_seed
+            For ``dropout`` above 0: an int or an int64 tensor ``[]``; equal seeds drop equal pairs under every plan.
 
         Returns
         -------

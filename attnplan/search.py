@@ -151,19 +151,16 @@ def _over_budget(candidate: Candidate, budget: int, max_memory: int | None) -> C
 def _nothing_fits(
     spec: AttentionSpec, target: Target, options: list[Candidate], refused: list[Candidate], max_memory: int | None
 ) -> Exception:
-    priced = [c for c in options if c.prediction]
+    priced = [(c.prediction.peak_bytes, c.name) for c in options if c.prediction]
     if priced:
-        least = min(priced, key=lambda c: c.prediction.peak_bytes if c.prediction else 0)
-        need = format_bytes(least.prediction.peak_bytes if least.prediction else 0)
-        limit = (
-            f"budget {format_bytes(max_memory)}"
-            if max_memory
-            else f"{target.device.name} has {format_bytes(target.device.memory)}"
-        )
-        return MemoryBudgetError(
-            f"the smallest plan, {least.name}, needs {need} beside its inputs and output, {limit}; try a smaller batch "
-            f"than {spec.batch}" + (f", or max_memory={need!r}" if max_memory else ", or a sparser pattern")
-        )
+        need, name = min(priced)
+        what = f"the smallest plan, {name}, needs {format_bytes(need)} beside its inputs and output"
+        smaller = f"try a smaller batch than {spec.batch}"
+        if max_memory is None:
+            has = format_bytes(target.device.memory)
+            return MemoryBudgetError(f"{what}, {target.device.name} has {has}; {smaller}, or a sparser pattern")
+        enough = f"{-(-need // 2**10)} KiB"  # rounded up, so that what is proposed works
+        return MemoryBudgetError(f"{what}, budget {format_bytes(max_memory)}; {smaller}, or max_memory={enough!r}")
     lines = [f"  {c.name}: {'; '.join(c.reasons)}" for c in refused]
     lines += [f"  {name}: {reason}" for name, reason in registry().broken.items()]
     return NoBackendError(f"no backend can run this on {target.device.name}:\n" + "\n".join(lines))

@@ -20,7 +20,7 @@ from attnplan.patterns.mixtures import Mixture
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 LAYOUTS = ("bhsd", "bshd")
 PRECISIONS = ("ieee", "tf32")
-OPERANDS = ("documents", "key_padding", "q_offset")
+OPERANDS = ("documents", "key_padding", "q_offset", "dropout_seed")
 
 
 @attrs.frozen
@@ -88,7 +88,8 @@ class AttentionSpec:
     softcap
         If given, scores s become ``softcap * tanh(s / softcap)``.
     dropout
-        Probability with which an attention weight is dropped.
+        Probability with which an attention weight is dropped, by a mask that is a function of the call's operand
+        ``dropout_seed`` and of (batch, head, query, key): it does not depend on the plan.
     precision
         ``"ieee"``, or ``"tf32"`` to allow TF32 for float32 on CUDA.
     training
@@ -239,7 +240,8 @@ class AttentionSpec:
     @property
     def operands(self) -> frozenset[str]:
         """Names of the runtime operands that each call must bring."""
-        return self.pattern.operands | ({"q_offset"} if self.q_offset else frozenset())
+        positions = {"q_offset"} if self.q_offset else set()
+        return self.pattern.operands | positions | ({"dropout_seed"} if self.dropout else set())
 
     @property
     def softmax_scale(self) -> float:

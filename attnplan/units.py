@@ -11,6 +11,8 @@ _BYTES = {"": 1, "B": 1} | {
     for power, prefix in enumerate("KMGT", start=1)
     for suffix, base in (("B", 1000), ("iB", 1024))
 }
+_ROUNDS_TO_1000 = 999.5
+"""From here on three significant digits would write 1e+03."""
 _BYTES_BY_LOWER = {unit.lower(): factor for unit, factor in _BYTES.items()}
 
 
@@ -55,10 +57,10 @@ def format_bytes(size: float) -> str:
     ('301 MiB', '900 B', '1.5 TiB')
     """
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1000:
+        if abs(size) < _ROUNDS_TO_1000:
             return f"{size:.3g} {unit}"
         size /= 1024
-    return f"{size:.3g} TiB" if abs(size) < 1000 else f"{size:,.0f} TiB"
+    return f"{size:.3g} TiB" if abs(size) < _ROUNDS_TO_1000 else f"{size:,.0f} TiB"
 
 
 def format_seconds(seconds: float) -> str:
@@ -69,11 +71,11 @@ def format_seconds(seconds: float) -> str:
     >>> format_seconds(0.00118), format_seconds(2.5), format_seconds(4e-5)
     ('1.18 ms', '2.5 s', '40 us')
     """
-    if seconds < 1e-3:
+    if seconds * 1e6 < _ROUNDS_TO_1000:
         return f"{seconds * 1e6:.3g} us"
-    if seconds < 1:
+    if seconds * 1e3 < _ROUNDS_TO_1000:
         return f"{seconds * 1e3:.3g} ms"
-    return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:,.0f} s"
+    return f"{seconds:.3g} s" if seconds < _ROUNDS_TO_1000 else f"{seconds:,.0f} s"
 
 
 def format_count(number: float) -> str:
@@ -85,7 +87,7 @@ def format_count(number: float) -> str:
     ('812', '65.5 K', '4.29 G')
     """
     for suffix in ("", " K", " M", " G", " T"):
-        if abs(number) < 1000:
+        if abs(number) < _ROUNDS_TO_1000:
             return f"{number:.3g}{suffix}"
         number /= 1000
     return f"{number:.3g} P"

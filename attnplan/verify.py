@@ -140,6 +140,8 @@ def random_operands(spec: AttentionSpec, generator: Any) -> dict[str, Tensor]:
         operands["key_padding"] = torch.arange(length) < real
     if "q_offset" in spec.operands:
         operands["q_offset"] = torch.tensor(max(0, spec.shape.shift))
+    if "dropout_seed" in spec.operands:
+        operands["dropout_seed"] = torch.randint(2**31, (), generator=generator)
     return operands
 
 
@@ -175,11 +177,35 @@ def sampled_attention(
             rows = positions[heads == head]
             mask = where.pairs(tables, torch.full((1, 1), head, device=q.device), (rows + offset)[:, None], key[None])
             kv = head // (spec.heads // spec.kv_heads)
-            one = (by_head[0][head][:, rows], by_head[1][kv], by_head[2][kv])
-            parts.append(softmax_attention(*one, mask=mask, scale=spec.softmax_scale, softcap=spec.softcap))
+            parts.append(
+                softmax_attention(
+                    by_head[0][head][:, rows],
+                    by_head[1][kv],
+                    by_head[2][kv],
+                    mask=mask,
+                    scale=spec.softmax_scale,
+                    softcap=spec.softcap,
+                    keep=_kept(spec, operands, head, rows, key, q.shape[0]),
+                    dropout=spec.dropout,
+                )
+            )
         outs.append(torch.cat([out for out, _ in parts], dim=1))
         lses.append(torch.cat([lse for _, lse in parts], dim=1))
     return _mixed(spec, torch.stack(outs), torch.stack(lses))
+
+
+def _kept(
+    spec: AttentionSpec, operands: dict[str, Tensor], head: int, rows: Tensor, key: Tensor, batch: int
+) -> Tensor | None:
+    if not spec.dropout:
+        return None
+    import torch
+
+    from attnplan.runtime.dropout import keep_mask
+
+    each = torch.arange(batch, device=key.device)[:, None, None]
+    one = torch.tensor(head, device=key.device)
+    return keep_mask(operands["dropout_seed"], each, one, rows[:, None], key, spec.dropout)
 
 
 def _mixed(spec: AttentionSpec, outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor | None]:

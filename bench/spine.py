@@ -59,9 +59,7 @@ def log_multiplicity(heads: int, length: int, dtype: torch.dtype) -> torch.Tenso
 
 def longnet(length: int = 8192, heads: int = 8, rounds: int = 5) -> dict[str, Any]:
     """Time LongNet against its equivalent single SDPA call and against dense SDPA, and check it against float64."""
-    spec = AttentionSpec(
-        seq_len=length, heads=heads, head_dim=64, dtype="float32", pattern=P.longnet(WIDTHS, RATES)
-    )
+    spec = AttentionSpec(seq_len=length, heads=heads, head_dim=64, dtype="float32", pattern=P.longnet(WIDTHS, RATES))
     plan = attnplan.compile(spec, device="cpu")
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, length, 64) for _ in range(3))
@@ -139,9 +137,7 @@ def explain_without_torch(spec_file: str, rounds: int = 5) -> dict[str, Any]:
         "explain": [sys.executable, "-m", "attnplan", "explain", spec_file, "--device", "h100"],
         "import torch": [sys.executable, "-c", "import torch"],
     }
-    run = {
-        name: (lambda c=c: subprocess.run(c, check=True, capture_output=True)) for name, c in commands.items()
-    }
+    run = {name: (lambda c=c: subprocess.run(c, check=True, capture_output=True)) for name, c in commands.items()}
     times = interleaved(run, rounds)
     medians = {name: statistics.median(t) for name, t in times.items()}
     return {

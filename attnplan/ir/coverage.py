@@ -21,7 +21,7 @@ import attrs
 
 from attnplan.errors import PassError, VerifyError
 from attnplan.ir.graph import Graph, Node
-from attnplan.ir.ops import Attend, Merge, Mix, Output, TensorType
+from attnplan.ir.ops import Attend, Input, Merge, Mix, Output
 from attnplan.ir.rows import RowMap
 from attnplan.patterns.bands import Full
 from attnplan.patterns.base import Pattern, conjuncts
@@ -66,7 +66,15 @@ class Term:
     mixing: tuple[object, ...] = ()
 
 
-Coverage = Mapping[Term, tuple[int, ...]]
+Pairs = Mapping[Term, tuple[int, ...]]
+
+
+@attrs.frozen
+class Coverage:
+    """What is computed: from which inputs, and which pairs of them."""
+
+    inputs: frozenset[Input]
+    pairs: Pairs
 
 
 def coverage(graph: Graph) -> Coverage:
@@ -77,10 +85,11 @@ def coverage(graph: Graph) -> Coverage:
     PassError
         If an attend keeps a condition that has no closed form over its rows.
     """
-    return _node_coverage(graph, graph.output)
+    inputs = frozenset(op for _, op in graph.of(Input))
+    return Coverage(inputs, _node_coverage(graph, graph.output))
 
 
-def _node_coverage(graph: Graph, node: Node) -> Coverage:
+def _node_coverage(graph: Graph, node: Node) -> Pairs:
     op, args = node.op, graph.args(node)
     if isinstance(op, Attend):
         return _attend_coverage(op, args[0].type.rows, args[1].type.rows)
@@ -104,7 +113,7 @@ def _mixing(op: Mix, branch: int) -> tuple[object, ...]:
     return (op.rule, branch) if op.rule == "lse-detached" else (op.rule, branch, op.weight(branch))
 
 
-def _add(parts: Sequence[Coverage]) -> Coverage:
+def _add(parts: Sequence[Pairs]) -> Pairs:
     total: dict[Term, tuple[int, ...]] = {}
     for part in parts:
         for term, values in part.items():
@@ -114,7 +123,7 @@ def _add(parts: Sequence[Coverage]) -> Coverage:
 
 
 @lru_cache(maxsize=4096)
-def _attend_coverage(op: Attend, q: RowMap, k: RowMap) -> Coverage:
+def _attend_coverage(op: Attend, q: RowMap, k: RowMap) -> Pairs:
     conjunction = _closed_part(op.where, op.shift)
     opaque = conjunction.opaque if op.shift is not None else _flat(op.where)
     term = Term(opaque, _shift(opaque, op.shift), op.scale, op.softcap, op.dropout, op.precision)
@@ -192,7 +201,7 @@ def spec_coverage(spec: AttentionSpec) -> Coverage:
     shape = spec.shape
     whole = RowMap.whole(spec.heads, shape.seq_len)
     group = spec.heads // spec.kv_heads
-    parts: list[Coverage] = []
+    parts: list[Pairs] = []
     for branch, where in enumerate(spec.branches):
         shift = None if spec.q_offset else shape.shift
         conjunction = _closed_part(where, shift)
@@ -216,7 +225,19 @@ def spec_coverage(spec: AttentionSpec) -> Coverage:
             for probe in PROBES
         )
         parts.append({term: values})
-    return _add(parts)
+    return Coverage(_spec_inputs(spec), _add(parts))
+
+
+def _spec_inputs(spec: AttentionSpec) -> frozenset[Input]:
+    shape, group = spec.shape, spec.heads // spec.kv_heads
+    sizes = {
+        "q": (spec.heads, shape.seq_len, spec.head_dim),
+        "k": (spec.kv_heads, shape.kv_len, spec.head_dim),
+        "v": (spec.kv_heads, shape.kv_len, spec.value_dim),
+    }
+    return frozenset(
+        Input(name, heads, group, length, features, spec.dtype) for name, (heads, length, features) in sizes.items()
+    )
 
 
 def _spec_mixing(spec: AttentionSpec, branch: int) -> tuple[object, ...]:
@@ -234,7 +255,10 @@ def check_coverage(expected: Coverage, got: Coverage, who: str) -> None:
     """Raise :class:`~attnplan.errors.VerifyError` unless the two are equal; ``who`` names what was checked."""
     if expected == got:
         return
-    missing, extra = set(expected) - set(got), set(got) - set(expected)
+    if expected.inputs != got.inputs:
+        wrong = ", ".join(sorted(map(repr, got.inputs - expected.inputs)))
+        raise VerifyError(f"{who} takes inputs that are not those of the spec: {wrong}")
+    missing, extra = set(expected.pairs) - set(got.pairs), set(got.pairs) - set(expected.pairs)
     if missing or extra:
         raise VerifyError(f"{who} changed what is computed: lost {_describe(missing)}, gained {_describe(extra)}")
     raise VerifyError(f"{who} does not compute exactly the (branch, head, query, key) pairs of the spec, once each")
@@ -255,4 +279,4 @@ def _describe(terms: set[Term]) -> str:
     )
 
 
-__all__ = ["Coverage", "TensorType", "Term", "check_coverage", "coverage", "spec_coverage"]
+__all__ = ["Coverage", "Term", "check_coverage", "coverage", "spec_coverage"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import attrs
 
 from attnplan.errors import PassError
-from attnplan.ir.ops import Input, Merge, Mix, Op, Output, TensorType
+from attnplan.ir.ops import Input, Merge, Mix, Op, Output, Take, TensorType
 
 if TYPE_CHECKING:
     import networkx
@@ -69,13 +69,7 @@ class Graph:
             merge or a mix does not hold every row of q once, in order.
         """
         for place, node in enumerate(self.nodes):
-            if node.id != place or any(not 0 <= a < place for a in node.args):
-                raise PassError(
-                    f"%{node.id} stands at place {place} and takes {list(node.args)}: nodes are out of order"
-                )
-            inferred = node.op.infer([self.nodes[a].type for a in node.args])
-            if inferred != node.type:
-                raise PassError(f"%{node.id} {node.op.name} has type {node.type}, its operands make it {inferred}")
+            self._verify_node(place, node)
         used = {a for n in self.nodes for a in n.args}
         unused = [f"%{n.id} {n.op.name}" for n in self.nodes[:-1] if n.id not in used and not isinstance(n.op, Input)]
         if unused:
@@ -86,9 +80,17 @@ class Graph:
             raise PassError("a graph has the inputs q, k and v, once each")
         if self.output.type.rows != self.inputs["q"].type.rows:
             raise PassError("the output does not hold every row of q once, in order")
-        for node in self.nodes:
-            if isinstance(node.op, Merge | Mix) and node.type.rows != self.output.type.rows:
-                raise PassError(f"%{node.id} {node.op.name} does not write every row of q once, in order")
+
+    def _verify_node(self, place: int, node: Node) -> None:
+        if node.id != place or any(not 0 <= a < place for a in node.args):
+            raise PassError(f"%{node.id} stands at place {place} and takes {list(node.args)}: nodes are out of order")
+        if isinstance(node.op, Take) and not all(isinstance(n.op, Input) for n in self.args(node)):
+            raise PassError(f"%{node.id} takes rows of rows: a take reads an input")
+        if isinstance(node.op, Merge | Mix) and node.op.rows != self.nodes[-1].type.rows:
+            raise PassError(f"%{node.id} {node.op.name} does not write every row of q once, in order")
+        inferred = node.op.infer([self.nodes[a].type for a in node.args])
+        if inferred != node.type:
+            raise PassError(f"%{node.id} {node.op.name} has type {node.type}, its operands make it {inferred}")
 
     def as_networkx(self) -> networkx.MultiDiGraph:
         """Return a frozen multigraph view: nodes carry ``node``, edges carry ``operand``, the position they feed."""

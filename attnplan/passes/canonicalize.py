@@ -57,7 +57,7 @@ def simplify(op: Attend, q: TensorType, k: TensorType) -> Pattern:
     left = None if known.left is not None and known.left >= last else known.left
     right = None if known.right is not None and known.right >= keys - 1 - first else known.right
     parts: list[Pattern] = list(_heads(known.heads, q.rows.last_head + 1))
-    parts += _dilated(list(known.dilated), first, max(last + 1, keys))
+    parts += _dilated(list(known.dilated), first, keys)
     if left is not None or right is not None:
         parts.append(band(left, right))
     parts += [c for c in dict.fromkeys(conjuncts(op.where)) if c in known.opaque]

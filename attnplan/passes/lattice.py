@@ -60,21 +60,22 @@ class Box:
 
 @attrs.frozen
 class Region:
-    """``count`` neighbouring segments from ``start`` on, and the positions in the first that q and k have."""
+    """``count`` neighbouring segments from ``start`` on, and which positions of the first one q and k have."""
 
     start: int
     count: int
     queries: tuple[int, int]
-    keys: tuple[int, int]
+    """First position of a query, and the position after the last."""
+    stop: int
+    """The position after the last key; keys begin with the segment."""
 
-    def extent(self, offset: int, rate: int) -> tuple[int, int, int, int]:
-        """Return (rows skipped, rows) of q and of k for one offset."""
-        result: tuple[int, ...] = ()
-        for low, high in (self.queries, self.keys):
-            skipped = max(0, -((self.start + offset - low) // rate))
-            first = self.start + offset + skipped * rate
-            result += (skipped, max(0, -((first - high) // rate)))
-        return result  # type: ignore[return-value]
+    def extent(self, offset: int, rate: int) -> tuple[int, int, int]:
+        """Return how many rows of q are skipped, rows of q, and rows of k, for one offset."""
+        low, high = self.queries
+        first = self.start + offset
+        skipped = max(0, -((first - low) // rate))
+        rows = -((first + skipped * rate - high) // rate)
+        return skipped, max(0, rows), max(0, -((first - self.stop) // rate))
 
 
 def _visit(builder: Builder, node: Node, args: tuple[int, ...]) -> int | None:
@@ -119,12 +120,12 @@ def _regions(length: int, shift: int, seq_len: int, kv_len: int) -> Iterator[Reg
     first, last = max(shift, 0), min(shift + seq_len, kv_len)
     whole, end = -(-first // length), last // length
     if whole < end:
-        span = (whole * length, (whole + 1) * length)
-        yield Region(whole * length, end - whole, span, span)
+        low, high = whole * length, (whole + 1) * length
+        yield Region(low, end - whole, (low, high), high)
     ragged = {t for t, cut in ((first // length, first % length), (last // length, last % length)) if cut}
     for t in sorted(ragged):
         low, high = t * length, (t + 1) * length
-        yield Region(low, 1, (max(low, first), min(high, shift + seq_len)), (low, min(high, kv_len)))
+        yield Region(low, 1, (max(low, first), min(high, last)), min(high, last))
 
 
 def _uniform(box: Box, region: Region, rate: int) -> Iterator[Box]:
@@ -143,13 +144,13 @@ def _uniform(box: Box, region: Region, rate: int) -> Iterator[Box]:
 def _cells(part: Dilated, box: Box, shift: int, q: RowMap, k: RowMap) -> Iterator[tuple[RowMap, RowMap]]:
     for region in _regions(part.length, shift, q.length, k.length):
         for piece in _uniform(box, region, part.rate):
-            q_skip, q_rows, k_skip, k_rows = region.extent(piece.offset, part.rate)
-            if q_rows and k_rows:
+            skipped, q_rows, k_rows = region.extent(piece.offset, part.rate)
+            if q_rows:
                 start = region.start + piece.offset
                 repeat = (Axis(region.count, row=part.length),) if region.count > 1 else ()
                 yield (
-                    _view(q, piece, start + q_skip * part.rate - shift, repeat, Axis(q_rows, row=part.rate)),
-                    _view(k, piece, start + k_skip * part.rate, repeat, Axis(k_rows, row=part.rate)),
+                    _view(q, piece, start + skipped * part.rate - shift, repeat, Axis(q_rows, row=part.rate)),
+                    _view(k, piece, start, repeat, Axis(k_rows, row=part.rate)),
                 )
 
 

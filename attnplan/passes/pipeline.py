@@ -18,7 +18,7 @@ from attnplan.passes.base import Pass
 class Step:
     """One pass that ran."""
 
-    name: str
+    rewrite: Pass = attrs.field(repr=False)
     before: int
     """Number of nodes that it got."""
     after: int
@@ -27,6 +27,11 @@ class Step:
     """Time of the pass and of the proof after it."""
     graph: Graph = attrs.field(repr=False)
     """The graph that it left."""
+
+    @property
+    def name(self) -> str:
+        """Name of the pass."""
+        return self.rewrite.name
 
 
 @attrs.frozen
@@ -55,7 +60,8 @@ class Pipeline:
             If a pass changes what is computed.
         """
         steps = [
-            k for k, _ in takewhile(lambda pair: pair[0].name == pair[1].name, zip(known, self.passes, strict=False))
+            step
+            for step, _ in takewhile(lambda pair: pair[0].rewrite == pair[1], zip(known, self.passes, strict=False))
         ]
         if not steps:
             _verify(graph, expected, "lowering")
@@ -72,7 +78,7 @@ def _step(rewrite: Pass, graph: Graph, expected: Coverage) -> Step:
         raise PassError(f"pass {rewrite.name}: {error}") from error
     if new is not graph:
         _verify(new, expected, f"pass {rewrite.name}")
-    return Step(rewrite.name, len(graph), len(new), time.perf_counter() - start, new)
+    return Step(rewrite, len(graph), len(new), time.perf_counter() - start, new)
 
 
 def _verify(graph: Graph, expected: Coverage, who: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
@@ -129,9 +129,11 @@ def global_tokens(n_or_indices: int | Sequence[int]) -> Pattern:
     if isinstance(n_or_indices, int):
         require_int(n_or_indices, "number of global tokens", 1)
         return GlobalTokens(tuple(range(n_or_indices)))
-    indices = sorted(n_or_indices)
-    for index in indices:
+    if not isinstance(n_or_indices, Iterable):
+        raise SpecError(f"global_tokens needs a number or a list of positions, got {n_or_indices!r}")
+    for index in n_or_indices:
         require_int(index, "a global token's position", 0)
+    indices = sorted(n_or_indices)
     if not indices or len(set(indices)) != len(indices):
         raise SpecError(f"global_tokens needs distinct positions, at least one; got {list(n_or_indices)}")
     return GlobalTokens(tuple(indices))

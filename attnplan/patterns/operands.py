@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 def _frozen_lengths(lengths: Sequence[int] | None, what: str, least: int) -> tuple[int, ...] | None:
     if lengths is None:
         return None
+    if isinstance(lengths, str | int) or not isinstance(lengths, Iterable):
+        raise SpecError(f"{what} lengths must be a list of ints, got {lengths!r}")
     frozen = tuple(int(n) if hasattr(n, "__index__") else n for n in lengths)
     for n in frozen:
         require_int(n, f"{what} length", least)

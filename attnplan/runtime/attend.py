@@ -11,6 +11,9 @@ from torch import Tensor
 from attnplan.ir.launch import fold
 from attnplan.runtime.kernels import KERNELS, softmax_attention
 
+_LSE_FEATURES = 8  # one would do; this keeps the feature count a multiple of what kernels like
+_WIDEST_ON_CUDA = 256
+
 
 class _Folding:
     """Folds tensors ``[B, *axes, R, D]`` into ``[N, M, R, D]`` and back, as views where strides allow."""
@@ -105,6 +108,11 @@ def attend_backward(
     if q.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     features, value_features = q.shape[-1], v.shape[-1]
+    if grad_lse is not None and not _has_room(q):
+        from_out = attend_backward(grad, None, q, k, v, out, lse, mask, kernel, causal, scale)
+        grad, v, out = _lse_column_alone(grad, grad_lse, v)
+        from_lse = attend_backward(grad, None, q, k, v, out, lse, mask, kernel, causal, scale)
+        return from_out[0] + from_lse[0], from_out[1] + from_lse[1], from_out[2]
     if grad_lse is not None:
         grad, q, k, v, out = _with_lse_column(grad, grad_lse, q, k, v, out)
     folding = _folding(q, k, v)
@@ -123,14 +131,26 @@ def attend_backward(
     return folding.unpack(dq)[..., :features], dk[..., :features], dv[..., :value_features]
 
 
+def _has_room(q: Tensor) -> bool:
+    """Return whether a kernel takes the features of ``q`` and those of the LSE's gradient beside them."""
+    return not q.is_cuda or q.shape[-1] + _LSE_FEATURES <= _WIDEST_ON_CUDA
+
+
 def _with_lse_column(
     grad: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    pad = 8  # keeps the feature count a multiple of what kernels like
-    widened = [F.pad(x, (0, pad)) for x in (grad, q, k, v, out)]
+    widened = [F.pad(x, (0, _LSE_FEATURES)) for x in (grad, q, k, v, out)]
     widened[0][..., grad.shape[-1]] = grad_lse.to(grad.dtype)
     widened[3][..., v.shape[-1]] = 1
     return widened[0], widened[1], widened[2], widened[3], widened[4]
+
+
+def _lse_column_alone(grad: Tensor, grad_lse: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return grad, v and output of a call whose only feature is the LSE's, for kernels without room beside the rest."""
+    alone, ones = torch.zeros_like(grad), torch.zeros_like(v)
+    alone[..., 0] = grad_lse.to(grad.dtype)
+    ones[..., 0] = 1
+    return alone, ones, torch.zeros_like(grad)
 
 
 def _lse_zeros(q: Tensor) -> Tensor:
@@ -148,25 +168,39 @@ def _reduce_to(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def attend_plain(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float | None = None,
+    keep: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Return (output, LSE) of attention in plain torch, scores materialised; arguments as in :func:`attend`."""
+    """Return (output, LSE) of attention in plain torch, scores materialised.
+
+    Arguments as in :func:`attend`, with the softcap, and with the mask of kept pairs and the probability of dropout.
+    """
     if causal:
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-    if q.dim() > 4 or q.shape[1] == k.shape[1]:
-        return softmax_attention(q, k, v, mask=mask, scale=scale, softcap=softcap)
-    group = q.shape[1] // k.shape[1]  # grouped heads get an axis of their own, along which k and v broadcast
-    if mask is not None and mask.dim() == 4:
-        mask = split_heads(mask, group) if mask.shape[1] > 1 else mask.unsqueeze(1)
-    out, lse = softmax_attention(
-        split_heads(q, group), k.unsqueeze(2), v.unsqueeze(2), mask=mask, scale=scale, softcap=softcap
-    )
-    return out.flatten(1, 2), lse.flatten(1, 2)
+    group = q.shape[1] // k.shape[1] if q.dim() == 4 else 1
+    if group > 1:  # grouped heads get an axis of their own, along which k and v broadcast
+        q, k, v = split_heads(q, group), k.unsqueeze(2), v.unsqueeze(2)
+        mask, keep = _split_mask(mask, group), _split_mask(keep, group)
+    out, lse = softmax_attention(q, k, v, mask=mask, scale=scale, softcap=softcap, keep=keep, dropout=dropout)
+    return (out.flatten(1, 2), lse.flatten(1, 2)) if group > 1 else (out, lse)
+
+
+def _split_mask(mask: Tensor | None, group: int) -> Tensor | None:
+    if mask is None or mask.dim() < 4:
+        return mask
+    return split_heads(mask, group) if mask.shape[1] > 1 else mask.unsqueeze(1)
 
 
 def split_heads(x: Tensor, group: int) -> Tensor:
     """Return ``[B, H, ...]`` as ``[B, H // group, group, ...]``."""
-    return x.reshape(x.shape[0], -1, group, *x.shape[2:])
+    return x.reshape(x.shape[0], x.shape[1] // group, group, *x.shape[2:])
 
 
 def whole_output(x: Tensor, q: Tensor) -> Tensor:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnplan.errors import SpecError
 from attnplan.ir import Attend, Graph, Input, Merge, Mix, Node, Output, RowMap, Take
 from attnplan.patterns import Shape
+from attnplan.runtime.dropout import DropoutMask
 from attnplan.runtime.kernels import softmax_attention
 from attnplan.runtime.masks import MaskBuilder
 
@@ -60,9 +60,10 @@ def _run(
         (q, _), (k, _), (v, _) = args
         rows_q, rows_k = (n.type.rows for n in graph.args(node)[:2])
         mask = MaskBuilder(op.where, rows_q, rows_k, op.shift, shape)(operands, tensors["q"], tensors["k"])
+        keep = None
         if op.dropout:
-            raise SpecError("the reference computes without dropout; verify with dropout=0.0")
-        return softmax_attention(q, k, v, mask=mask, scale=op.scale, softcap=op.softcap)
+            keep = DropoutMask(op.dropout, rows_q, rows_k)(operands, tensors["q"], tensors["k"])
+        return softmax_attention(q, k, v, mask=mask, scale=op.scale, softcap=op.softcap, keep=keep, dropout=op.dropout)
     if isinstance(op, Merge | Mix):
         parts = [
             (*_dense(part, arg.type.rows, tensors["q"]), branch)

@@ -133,7 +133,15 @@ KERNELS: dict[str, Kernel] = {"flash-cpu": FlashCPU(), "flash-cuda": FlashCUDA()
 
 
 def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    keep: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return output and LSE of attention written in plain torch, which can be differentiated any number of times.
 
@@ -143,17 +151,22 @@ def softmax_attention(
         ``[..., R, D]``, ``[..., C, D]``, ``[..., C, Dv]`` whose leading dimensions broadcast.
     mask
         Booleans that broadcast to ``[..., R, C]``, True where a pair meets, or None.
+    keep, dropout
+        Which weights are kept, and the probability with which one is dropped; the LSE is that of all.
     """
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     scores = (q.to(acc) * scale) @ k.to(acc).transpose(-1, -2)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
-        lse = torch.logsumexp(scores, dim=-1)
-        return (torch.exp(scores - lse.unsqueeze(-1)) @ v.to(acc)).to(q.dtype), lse
-    empty = ~mask.any(-1)
-    # A row without a key gets finite scores here and is blanked below: -inf minus -inf would be NaN.
-    scores = scores.masked_fill(~(mask | empty.unsqueeze(-1)), -torch.inf)
+    empty = None if mask is None else ~mask.any(-1)
+    if mask is not None and empty is not None:
+        # A row without a key gets finite scores here and is blanked below: -inf minus -inf would be NaN.
+        scores = scores.masked_fill(~(mask | empty.unsqueeze(-1)), -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
-    out = torch.exp(scores - lse.unsqueeze(-1)) @ v.to(acc)
+    weights = torch.exp(scores - lse.unsqueeze(-1))
+    if keep is not None:
+        weights = weights * keep / (1 - dropout)
+    out = weights @ v.to(acc)
+    if empty is None:
+        return out.to(q.dtype), lse
     return out.masked_fill(empty.unsqueeze(-1), 0).to(q.dtype), lse.masked_fill(empty, -torch.inf)

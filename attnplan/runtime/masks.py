@@ -49,8 +49,9 @@ class MaskBuilder(torch.nn.Module):
         """Return the mask for the call's whole q and k, ``[B, H, S, D]`` and ``[B, H_kv, C, D]``."""
         lengths = (q.shape[2], k.shape[2]) if self.follow else (self.q.length, self.k.length)
         key = (q.device, *lengths)
-        if self._constant and key in self._kept:
-            return self._kept[key]
+        kept = self._kept.get(key)  # one look: another thread may drop it
+        if kept is not None:
+            return kept
         offset = operands.get("q_offset")
         if isinstance(offset, Tensor) and offset.numel() > 1:  # a position of its own for each batch element
             each = [_element(operands, b) for b in range(q.shape[0])]
@@ -64,8 +65,8 @@ class MaskBuilder(torch.nn.Module):
 
     def _build(self, operands: Mapping[str, Tensor], lengths: tuple[int, int], q: Tensor, k: Tensor) -> Tensor:
         device = q.device
-        heads, query = _indices(self.q, lengths[0], device, query=True)
-        _, key = _indices(self.k, lengths[1], device, query=False)
+        heads, query = element_indices(self.q, lengths[0], device, query=True)
+        _, key = element_indices(self.k, lengths[1], device, query=False)
         shape = Shape(q.shape[2], k.shape[2], self.shape.heads, self.shape.batch)
         shift: Any = shape.shift if self.follow else self.shift
         if self.shift is None:
@@ -115,12 +116,12 @@ def _element(operands: Mapping[str, Tensor], b: int) -> dict[str, Tensor]:
     """Return the operands of one batch element."""
     batched = {"q_offset": 1, "key_padding": 2, "documents": 2}
     return {
-        name: value[b : b + 1] if value.dim() == batched[name] and value.shape[0] > 1 else value
+        name: value[b : b + 1] if name in batched and value.dim() == batched[name] and value.shape[0] > 1 else value
         for name, value in operands.items()
     }
 
 
-def _indices(rows: RowMap, length: int, device: torch.device, *, query: bool) -> tuple[Tensor, Tensor]:
+def element_indices(rows: RowMap, length: int, device: torch.device, *, query: bool) -> tuple[Tensor, Tensor]:
     """Return head and row of each element, shaped to broadcast as ``[1, *axes, R, C]`` with the other side."""
     rank = len(rows.axes) + 2
     head = torch.full((1,) * rank, rows.head, device=device)
@@ -163,14 +164,16 @@ def check_operands(operands: Mapping[str, Any], batch: int, seq_len: int, kv_len
     make the device wait.
     """
     for name, value in operands.items():
-        if isinstance(value, Tensor) and value.device != device and not (name == "q_offset" and value.dim() == 0):
+        if isinstance(value, Tensor) and value.device != device and value.dim() > 0:
             raise SpecError(f"{name} is on {value.device}, q is on {device}; move it there once, outside the loop")
     if "key_padding" in operands:
         _check_padding(operands["key_padding"], batch, kv_len)
     if "documents" in operands:
         _check_documents(operands["documents"], batch, kv_len)
     if "q_offset" in operands:
-        _check_offset(operands["q_offset"], batch)
+        _check_offset(operands["q_offset"], batch, kv_len - seq_len)
+    if "dropout_seed" in operands:
+        _check_seed(operands["dropout_seed"])
 
 
 def _check_padding(mask: Any, batch: int, kv_len: int) -> None:
@@ -199,11 +202,25 @@ def _check_documents(boundaries: Any, batch: int, kv_len: int) -> None:
         )
 
 
-def _check_offset(offset: Any, batch: int) -> None:
+def _check_offset(offset: Any, batch: int, last: int) -> None:
     if isinstance(offset, bool) or not isinstance(offset, int | Tensor):
         raise SpecError(f"q_offset must be an int or an int tensor [] or [B], got {offset!r}")
     if isinstance(offset, Tensor):
         if offset.dtype not in (torch.int32, torch.int64) or offset.shape not in ((), (1,), (batch,)):
             raise SpecError(f"q_offset must be an int tensor [] or [B]; got {offset.dtype} {list(offset.shape)}")
-    elif offset < 0:
-        raise SpecError(f"q_offset must not be negative, got {offset}")
+        if offset.device.type != "cpu" or not offset.numel():
+            return
+        low, high = int(offset.min()), int(offset.max())
+    else:
+        low = high = offset
+    if low < 0 or high > max(last, 0):
+        raise SpecError(
+            f"q_offset must be from 0 to {max(last, 0)}, so that every query is beside a key; got {low}..{high}"
+        )
+
+
+def _check_seed(seed: Any) -> None:
+    integer = isinstance(seed, int) and not isinstance(seed, bool)
+    if not integer and not (isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.dim() == 0):
+        got = f"{seed.dtype} {list(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
+        raise SpecError(f"dropout_seed must be an int or an int64 tensor []; got {got}")

@@ -36,8 +36,6 @@ class Eager(Backend):
 def _reasons(graph: Graph, spec: AttentionSpec, schedule: Schedule, device: Device) -> Iterator[str]:
     if not device.rate(spec.dtype):
         yield f"{device.name} has no {spec.dtype}"
-    if spec.dropout:
-        yield f"torch's kernels draw dropout masks that depend on the plan; dropout={spec.dropout} needs dropout=0.0"
     if spec.precision == "tf32" and device.kind == "cuda":
         yield 'TF32 in torch is a process-wide flag that a plan must not change; use precision="ieee"'
     if schedule.name == "flash":
@@ -45,6 +43,8 @@ def _reasons(graph: Graph, spec: AttentionSpec, schedule: Schedule, device: Devi
 
 
 def _flash_reasons(graph: Graph, spec: AttentionSpec, device: Device) -> Iterator[str]:
+    if spec.dropout:
+        yield f"the flash operator draws dropout masks that depend on the plan, the spec has dropout={spec.dropout}"
     if spec.softcap is not None:
         yield f"the flash operator has no softcap, the spec has softcap={spec.softcap}"
     if spec.value_dim != spec.head_dim:

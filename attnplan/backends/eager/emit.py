@@ -19,6 +19,7 @@ from attnplan.lower import lower
 from attnplan.runtime import attend as attends
 from attnplan.runtime import merge as merges
 from attnplan.runtime import views
+from attnplan.runtime.dropout import DropoutMask
 from attnplan.runtime.masks import FollowingCondition, MaskBuilder
 from attnplan.spec import AttentionSpec
 
@@ -126,7 +127,8 @@ class Emitter:
         def one(node: Node, op: Attend) -> Value:
             q, k, v = self._rows(code, node, inputs, views.gather)
             mask, causal = self._condition(code, node, op, operands, inputs)
-            pair = code.call_function(attends.attend_plain, (q, k, v, mask, causal, op.scale, op.softcap))
+            options = self._plain_options(code, node, op, operands, inputs)
+            pair = code.call_function(attends.attend_plain, (q, k, v, mask, causal, op.scale), options)
             return _pair(code, pair, node.id)
 
         values = self._values(code, q, one, (merges.merge_plain, merges.weighted_sum_plain))
@@ -177,11 +179,8 @@ class Emitter:
         self, code: fx.Graph, node: Node, op: Attend, operands: fx.Node, inputs: Sequence[fx.Node]
     ) -> tuple[fx.Node | None, fx.Node | bool]:
         """Return (mask or None, causal) of an attend, as nodes where they are found at the call."""
-        rows_q, rows_k = (n.type.rows for n in self.graph.args(node)[:2])
+        rows_q, rows_k = self._mask_rows(node)
         name = f"where_{node.id}"
-        if is_whole(self.graph, node):  # four dimensions, one of them for all heads
-            rows_q = RowMap.whole(self.spec.heads, rows_q.length)
-            rows_k = RowMap(0, 0, (Axis(1), rows_k.axes[-1]))
         if self.follow:
             self.modules[name] = FollowingCondition(op, rows_q, rows_k, self.spec.shape)
             pair = code.create_node("call_module", name, (operands, *inputs[:2]))
@@ -191,6 +190,24 @@ class Emitter:
             return None, condition == "causal"
         self.modules[name] = MaskBuilder(op.where, rows_q, rows_k, op.shift, self.spec.shape)
         return code.create_node("call_module", name, (operands, *inputs[:2])), False
+
+    def _plain_options(
+        self, code: fx.Graph, node: Node, op: Attend, operands: fx.Node, inputs: Sequence[fx.Node]
+    ) -> dict[str, Any]:
+        options: dict[str, Any] = {} if op.softcap is None else {"softcap": op.softcap}
+        if op.dropout:
+            name = f"keep_{node.id}"
+            self.modules[name] = DropoutMask(op.dropout, *self._mask_rows(node), follow=self.follow)
+            keep = code.create_node("call_module", name, (operands, *inputs[:2]))
+            options |= {"keep": keep, "dropout": op.dropout}
+        return options
+
+    def _mask_rows(self, node: Node) -> tuple[RowMap, RowMap]:
+        """Return the row maps over which masks are built: whole inputs have one dimension for all heads."""
+        rows_q, rows_k = (n.type.rows for n in self.graph.args(node)[:2])
+        if is_whole(self.graph, node):
+            return RowMap.whole(self.spec.heads, rows_q.length), RowMap(0, 0, (Axis(1), rows_k.axes[-1]))
+        return rows_q, rows_k
 
     def _values(
         self,

@@ -8,7 +8,6 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, fx
-from torch.autograd.function import once_differentiable
 
 from attnplan.runtime.views import with_features_in_line
 
@@ -49,12 +48,32 @@ class _Fused(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
         q, k, v, out, lse, *saved = ctx.saved_tensors
         grad = torch.zeros_like(out) if grad is None else with_features_in_line(grad)
-        gradients = ctx.program.backward.forward(grad, grad_lse, ctx.operands, q, k, v, out, lse, *saved)
+        with torch.no_grad():
+            gradients = ctx.program.backward.forward(grad, grad_lse, ctx.operands, q, k, v, out, lse, *saved)
+        if torch.is_grad_enabled():  # only under create_graph=True
+            gradients = _FirstOrder.apply(*(x.detach().requires_grad_() for x in gradients))  # type: ignore[no-untyped-call]
         return None, None, *gradients
+
+
+class _FirstOrder(torch.autograd.Function):
+    """Marks gradients that have none of their own.
+
+    Torch's ``once_differentiable`` loses them silently instead, where the upstream gradient is a constant.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *gradients: Tensor) -> Any:
+        return tuple(x.view_as(x) for x in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        raise RuntimeError(
+            "the flash schedule cannot be differentiated twice: its kernels have first-order gradients only; compile "
+            'with backend="reference" for second derivatives'
+        )
 
 
 @attrs.frozen(eq=False)

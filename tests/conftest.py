@@ -1,0 +1,41 @@
+"""Golden texts and the hypothesis profiles."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / "golden"
+
+if str(ROOT) not in sys.path:  # so that test files find `tests.oracle` however pytest was started
+    sys.path.insert(0, str(ROOT))
+
+settings.register_profile(
+    "repo", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("thorough", settings.get_profile("repo"), derandomize=False, max_examples=1000)
+settings.load_profile("repo")  # `pytest --hypothesis-profile thorough` searches anew each time
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.txt from what the code does")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Compare ``text`` with ``tests/golden/<name>.txt``, or rewrite that file under ``--update-golden``."""
+
+    def check(name: str, text: str) -> None:
+        path = GOLDEN / f"{name}.txt"
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.exists(), f"no {path}: run pytest --update-golden and review it"
+        assert text == path.read_text(encoding="utf-8"), f"{path.name} differs; if that is meant, run --update-golden"
+
+    return check

@@ -1,0 +1,260 @@
+"""Costs: one rule per op, figures with sources, refusals in words."""
+
+from __future__ import annotations
+
+import json
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attnplan import AttentionSpec
+from attnplan import patterns as P
+from attnplan.backends import registry
+from attnplan.cost import Cost, KernelModel, catalogue, price, resolve
+from attnplan.cost.device import local_cpu
+from attnplan.cost.model import peak_bytes
+from attnplan.cost.rules import RULES, Setting, backward_cost, forward_cost
+from attnplan.errors import PassError, SpecError
+from attnplan.ir import Input, Op
+from attnplan.ir.ops import OPS
+from attnplan.lower import lower
+from attnplan.search import candidates, lowerings
+from attnplan.spec import DTYPES
+from tests import strategies as some
+
+KERNEL = KernelModel(efficiency=0.5)
+SPEC = AttentionSpec(seq_len=4096, heads=8, head_dim=64, pattern=P.longnet([512, 1024], [1, 2]), causal=True)
+
+
+def graph_of(spec, strategy="lattice"):
+    return {x.strategy: x.graph for x in lowerings(spec)}[strategy]
+
+
+def setting_of(spec, kernel=KERNEL, strategy="lattice"):
+    graph = graph_of(spec, strategy)
+    return graph, Setting.of(graph, spec, kernel)
+
+
+# ---------------------------------------------------------------------------------------------------------- rules
+
+
+def test_every_op_has_a_rule():
+    assert set(RULES) == set(OPS.values())
+
+
+def test_an_op_without_a_rule_is_an_error_and_never_free():
+    graph, setting = setting_of(SPEC)
+    some_input = next(n for n in graph if isinstance(n.op, Input))
+    with pytest.raises(PassError, match=r"op 'input' has no cost rule; add one to attnplan/cost/rules\.py"):
+        forward_cost(some_input, setting, {k: r for k, r in RULES.items() if k is not Input})
+
+    @attrs.frozen
+    class Unheard(Op):
+        name = "unheard"
+
+    with pytest.raises(PassError, match="op 'unheard' has no cost rule"):
+        forward_cost(attrs.evolve(some_input, op=Unheard()), setting)
+
+
+amounts = st.integers(0, 2**40)
+costs = st.builds(Cost, amounts, amounts, amounts, amounts, st.integers(0, 1000))
+
+
+@given(costs, costs, costs)
+def test_costs_add_up(a, b, c):
+    assert a + b == b + a
+    assert (a + b) + c == a + (b + c)
+    assert a + Cost() == a
+    assert (a + b).launches == a.launches + b.launches
+
+
+def test_batch_multiplies_work_and_not_launches():
+    for strategy in ("dense", "lattice"):
+        one, many = (
+            sum((forward_cost(n, s) for n in g), Cost())
+            for g, s in (setting_of(attrs.evolve(SPEC, batch=b), strategy=strategy) for b in (2, 6))
+        )
+        assert (many.flops, many.exps) == (3 * one.flops, 3 * one.exps)
+        assert many.launches == one.launches
+
+
+def test_the_lattice_computes_the_pairs_of_the_pattern_and_little_else():
+    spec = attrs.evolve(SPEC, causal=False)
+    graph, setting = setting_of(spec)
+    flops = sum(forward_cost(n, setting).flops for n in graph)
+    assert flops == 4 * spec.count_pairs() * spec.head_dim
+    dense, setting = setting_of(spec, strategy="dense")
+    assert sum(forward_cost(n, setting).flops for n in dense) == 2 * 4 * 8 * 4096**2 * 64
+
+
+def test_the_backward_costs_two_and_a_half_forwards():
+    graph, setting = setting_of(SPEC)
+    attend = next(n for n in graph if n.op.name == "attend")
+    assert backward_cost(attend, setting).flops == 2.5 * forward_cost(attend, setting).flops
+
+
+# ---------------------------------------------------------------------------------------------------------- prices
+
+
+@pytest.mark.parametrize("device", [*catalogue(), "cpu"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "pattern", [P.full(), P.window(64), P.longnet([512, 1024], [1, 2]), P.documents()], ids=lambda p: type(p).__name__
+)
+def test_longer_sequences_cost_more(device, training, pattern):
+    found = resolve(device).device
+    for strategy in ("dense", "lattice"):
+        seconds, peaks = [], []
+        for length in (256, 512, 1024, 2048, 4096):
+            spec = AttentionSpec(
+                seq_len=length, heads=8, head_dim=64, pattern=pattern, causal=True, dtype="float32", training=training
+            )
+            graphs = {x.strategy: x.graph for x in lowerings(spec)}
+            priced = price(graphs.get(strategy, graphs["dense"]), spec, KERNEL, found)
+            seconds.append(priced.seconds)
+            peaks.append(priced.peak_bytes)
+        assert seconds == sorted(set(seconds))
+        assert peaks == sorted(peaks)
+
+
+def test_training_more_heads_and_more_features_cost_more():
+    device = catalogue()["h100"]
+
+    def seconds(**changes):
+        spec = attrs.evolve(SPEC, **changes)
+        return price(graph_of(spec), spec, KERNEL, device).seconds
+
+    cheap = seconds()
+    assert all(
+        seconds(**c) > cheap for c in ({"training": True}, {"batch": 2}, {"head_dim": 128}, {"dtype": "float32"})
+    )
+
+
+@given(some.specs())
+def test_predictions_are_sane_for_any_spec(spec):
+    for lowered in lowerings(spec):
+        for kernel in (KERNEL, KernelModel(0.3, skips_causal=False, materialises=True, tile=1)):
+            found = price(lowered.graph, spec, kernel, catalogue()["cpu-2core"])
+            assert found.seconds == pytest.approx(sum(op.seconds for op in found.ops))
+            assert len(found.ops) == len(lowered.graph)
+            assert found.peak_bytes >= 0
+            assert all(0 <= op.roofline <= 1 for op in found.ops)
+            assert all(op.seconds >= op.cost.launches * 6e-6 for op in found.ops)
+            assert all((op.seconds > 0) == (op.cost != Cost()) for op in found.ops)
+
+
+@pytest.mark.parametrize("device", catalogue())
+@pytest.mark.parametrize("length", [64, 4096, 262_144])
+def test_the_share_of_the_roofline_is_a_share(device, length):
+    for candidate in candidates(attrs.evolve(SPEC, seq_len=length, kv_len=length, dtype="float16"), resolve(device)):
+        if candidate.prediction:
+            assert all(0 <= op.roofline <= 1 for op in candidate.prediction.ops)
+            assert {op.bound for op in candidate.prediction.ops} <= {"compute", "memory", "launch"}
+
+
+def test_scores_in_memory_count_where_they_are_written():
+    spec = attrs.evolve(SPEC, pattern=P.full(), causal=False, dtype="float32")
+    graph = lower(spec)
+    scores = 8 * 4096**2 * 4
+    fused, written = (
+        peak_bytes(graph, Setting.of(graph, spec, attrs.evolve(KERNEL, materialises=m))) for m in (False, True)
+    )
+    assert fused < scores <= written
+
+
+# --------------------------------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize("name", catalogue())
+def test_the_figures_of_a_device_are_sane(name):
+    device = catalogue()[name]
+    assert device.name == name
+    assert len(device.title) > 5
+    assert len(device.source) > 10, "every figure has a source"
+    assert set(device.flops) <= {*DTYPES, "tf32"}
+    assert 1e10 <= device.flops["float64"] <= device.flops["float32"] <= 1e14
+    assert device.flops["float32"] <= device.flops["float16"] < 1e16
+    assert device.flops.get("bfloat16", device.flops["float16"]) == device.flops["float16"]
+    assert 1e9 < device.bandwidth < 1e13
+    assert 2**32 < device.memory < 2**40
+    assert 10 < device.flops["float32"] / device.bandwidth * 4 < 1000, "operations for each float32 that is read"
+    if device.kind == "cuda":
+        assert device.capability is not None
+        assert ("bfloat16" in device.flops) == ("tf32" in device.flops) == (device.capability >= (8, 0))
+        assert device.match
+    else:
+        assert device.kind == "cpu"
+
+
+def test_products_are_told_apart():
+    names = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "Tesla V100-SXM2-32GB": "v100", "Tesla T4": "t4",
+             "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA GeForce GTX 1080": "gtx1080", "NVIDIA B200": "b200"}  # fmt: skip
+    for product, name in names.items():
+        assert [d.name for d in catalogue().values() if any(part in product for part in d.match)] == [name]
+
+
+def test_an_unknown_dtype_has_no_rate_and_tf32_only_where_allowed():
+    h100, v100 = catalogue()["h100"], catalogue()["v100"]
+    assert v100.rate("bfloat16") == 0
+    assert h100.rate("float32") < h100.rate("float32", "tf32")
+    assert v100.rate("float32") == v100.rate("float32", "tf32")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("h10", "unknown device 'h10'; did you mean 'h100'"),
+        ("H1000", "unknown device 'H1000'; did you mean 'h100'"),
+        ("cpuu", "unknown device 'cpuu'; did you mean 'cpu'"),
+        ("toaster", "unknown device 'toaster'; known: a100, auto, b200, cpu,"),
+    ],
+)
+def test_an_unknown_device_gets_a_suggestion(name, message):
+    with pytest.raises(SpecError, match=message):
+        resolve(name)
+
+
+def test_the_cpu_that_is_here_says_where_its_figures_come_from():
+    target = resolve("cpu")
+    assert target.torch_device == "cpu"
+    assert "cores x" in target.device.source
+    assert target.device is local_cpu()
+    assert resolve("H100").device is catalogue()["h100"], "names are found in any case"
+    assert resolve("h100").torch_device is None
+
+
+# -------------------------------------------------------------------------------------------------------- refusals
+
+REFUSABLE = {
+    "causal": {"causal": True},
+    "longnet": {"pattern": P.longnet([512, 1024], [1, 2]), "causal": True},
+    "window": {"pattern": P.window(128), "causal": True},
+    "wide heads": {"head_dim": 264},
+    "odd heads": {"head_dim": 36},
+    "softcap and value_dim": {"softcap": 30.0, "value_dim": 32},
+    "dropout and tf32": {"dropout": 0.1, "precision": "tf32"},
+}
+
+
+def test_refusals_read_as_reviewed(golden):
+    lines = []
+    for device in ("cpu-2core", "gtx1080", "t4", "v100", "a100", "h100"):
+        for dtype in ("bfloat16", "float16", "float32"):
+            for name, options in REFUSABLE.items():
+                spec = AttentionSpec(**{"seq_len": 4096, "heads": 8, "head_dim": 64, "dtype": dtype, **options})
+                lines.append(f"# {name}, {dtype}, {device}")
+                for candidate in sorted(candidates(spec, resolve(device)), key=lambda c: c.name):
+                    says = candidate.reasons or ("accepts",)
+                    lines += [f"{candidate.name:<28} {reason}" for reason in says]
+    golden("refusals", "\n".join(lines) + "\n")
+
+
+def test_backends_declare_schedules_for_every_kind_of_device():
+    for backend in registry().backends.values():
+        for device in catalogue().values():
+            schedules = backend.schedules(device)
+            assert len({s.name for s in schedules}) == len(schedules) > 0
+            assert all(0 < s.kernel.efficiency <= 1 and s.title for s in schedules)
+    json.dumps({b.name: b.versions() for b in registry().backends.values()})
