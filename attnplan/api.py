@@ -14,9 +14,10 @@ from attnplan import patterns as P
 from attnplan.calls import check_operand_names
 from attnplan.cost import resolve
 from attnplan.errors import NoBackendError, RingError, SpecError
+from attnplan.ir.coverage import attend_coverage
 from attnplan.patterns import Mixture, Pattern
 from attnplan.plan import Plan
-from attnplan.search import search
+from attnplan.search import lowerings, search
 from attnplan.spec import OPERANDS, AttentionSpec
 from attnplan.units import parse_bytes
 
@@ -181,9 +182,11 @@ def _refuse_what_is_missing(spec: AttentionSpec, mesh: object, tune: bool) -> No
 
 
 def cache_clear() -> None:
-    """Forget every plan."""
+    """Forget every plan, and every graph and proof that planning remembers."""
     _plans.clear()
     _calls.clear()
+    lowerings.cache_clear()
+    attend_coverage.cache_clear()
 
 
 def attention(

@@ -246,8 +246,8 @@ def plan(spec):
 
 def plan_cold(spec):
     """Plan and prove with every memo empty."""
-    proof._attend_coverage.cache_clear()
-    sums._inner_cache.clear()
+    proof.attend_coverage.cache_clear()
+    sums._inner.cache_clear()
     return plan(spec)
 
 

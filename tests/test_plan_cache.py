@@ -135,7 +135,7 @@ def test_ten_thousand_specs_do_not_fill_the_memory(monkeypatch):
     assert len(api._plans) == api._KEPT_PLANS
 
 
-REMEMBERED = (("search", "lowerings"), ("ir.coverage", "_attend_coverage"), ("patterns.sums", "_offset_sum"))
+REMEMBERED = (("search", "lowerings"), ("ir.coverage", "attend_coverage"), ("patterns.sums", "_offset_sum"))
 
 
 def test_plans_of_distinct_lambdas_are_let_go(monkeypatch):

@@ -92,7 +92,7 @@ def coverage(graph: Graph) -> Coverage:
 def _node_coverage(graph: Graph, node: Node) -> Pairs:
     op, args = node.op, graph.args(node)
     if isinstance(op, Attend):
-        return _attend_coverage(op, args[0].type.rows, args[1].type.rows)
+        return attend_coverage(op, args[0].type.rows, args[1].type.rows)
     parts = [_node_coverage(graph, arg) for arg in args]
     if isinstance(op, Merge | Mix) and any(term.mixing for part in parts for term in part):
         raise PassError(f"%{node.id} {op.name} joins what is mixed already: the weights would get another gradient")
@@ -122,8 +122,8 @@ def _add(parts: Sequence[Pairs]) -> Pairs:
     return {term: values for term, values in total.items() if any(values)}
 
 
-@lru_cache(maxsize=4096)
-def _attend_coverage(op: Attend, q: RowMap, k: RowMap) -> Pairs:
+@lru_cache(maxsize=512)
+def attend_coverage(op: Attend, q: RowMap, k: RowMap) -> Pairs:
     conjunction = _closed_part(op.where, op.shift)
     opaque = conjunction.opaque if op.shift is not None else _flat(op.where)
     term = Term(opaque, _shift(opaque, op.shift), op.scale, op.softcap, op.dropout, op.precision)

@@ -149,17 +149,10 @@ class Cell:
         return point.reduce(point.reduce(start * repeat) * inner)
 
 
-_inner_cache: dict[tuple[object, ...], int] = {}
-
-
+@lru_cache(maxsize=4096)
 def _inner(point: Point, x: int, y: int, rows: int, columns: int, low: int | None, high: int | None) -> int:
     """Return ``point.banded``, remembered: the offsets of a branch share it."""
-    key = (point, x, rows, columns, low, high)
-    if key not in _inner_cache:
-        if len(_inner_cache) >= 4096:
-            _inner_cache.clear()
-        _inner_cache[key] = point.banded(x, y, rows, columns, low, high)
-    return _inner_cache[key]
+    return point.banded(x, y, rows, columns, low, high)
 
 
 def _progression(first: int, residue: int, stride: int, stop: int) -> tuple[int, int]:

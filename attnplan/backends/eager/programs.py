@@ -9,6 +9,7 @@ import attrs
 import torch
 from torch import Tensor, fx
 
+from attnplan.errors import SpecError
 from attnplan.runtime.views import with_features_in_line
 
 
@@ -109,5 +110,10 @@ class PlainProgram:
         self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Run on q, k, v in ``[B, H, S, D]``."""
+        if q.is_cuda and q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+            raise SpecError(
+                "this process lets float32 products use TF32, the spec says precision='ieee', and a plan changes no "
+                "global flag: call torch.set_float32_matmul_precision('highest')"
+            )
         out, lse = self.module.forward(q, k, v, operands)
         return out, lse
