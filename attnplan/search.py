@@ -155,7 +155,7 @@ def _nothing_fits(
     if priced:
         need, name = min(priced)
         what = f"the smallest plan, {name}, needs {format_bytes(need)} beside its inputs and output"
-        smaller = f"try a smaller batch than {spec.batch}"
+        smaller = "try a smaller batch" if spec.batch > 1 else "try a shorter sequence"
         if max_memory is None:
             has = format_bytes(target.device.memory)
             return MemoryBudgetError(f"{what}, {target.device.name} has {has}; {smaller}, or a sparser pattern")

@@ -112,7 +112,7 @@ def test_a_memory_budget_moves_the_choice():
     free = attnplan.compile(spec)
     assert attnplan.compile(spec, max_memory=free.predicted.peak_bytes).predicted == free.predicted
     with pytest.raises(
-        MemoryBudgetError, match=r"the smallest plan, .*, needs [\d.]+ MiB .* budget 1 KiB; try a smaller"
+        MemoryBudgetError, match=r"the smallest plan, .*, needs [\d.]+ MiB .* budget 1 KiB; try a shorter"
     ):
         attnplan.compile(spec, max_memory="1 KiB")
     tight = attnplan.compile(SMALL, max_memory="4 MiB")

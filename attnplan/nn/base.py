@@ -1,0 +1,256 @@
+"""What the modules share: calls, operands, plans and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnplan.api import attention, compile  # noqa: A004  # the public name
+from attnplan.errors import SpecError
+from attnplan.patterns import Mixture, Pattern, padding
+from attnplan.plan import Plan
+from attnplan.spec import AttentionSpec
+
+_NO_EFFECT = {
+    "op": "it chose an xformers kernel, here the planner chooses; pin one with attnplan.compile(spec, backend=...)",
+    "use_tf32": "the published class set torch's global TF32 flag; set torch.backends.cuda.matmul.fp32_precision "
+    'yourself, or compile with AttentionSpec(precision="tf32")',
+    "enable_memory_pool": "there is no pool: torch's caching allocator serves every tensor; for a limit use "
+    "attnplan.compile(spec, max_memory=...)",
+    "enable_profiling": "use .explain() for predicted times and bytes, or torch.profiler",
+    "attention_mask": "an arbitrary mask has no dilated form; use key_padding_mask for padding and is_causal for "
+    "causality, or a pattern with attnplan.attention",
+    "attn_mask": "an arbitrary mask has no dilated form; use key_padding_mask for padding and is_causal for "
+    "causality, or a pattern with attnplan.attention",
+    "device": "the published class computed where its inputs were; move the inputs",
+    "dtype": "the published class computed in the dtype of its inputs; convert the inputs",
+    "need_weights": "attention weights are never formed; leave need_weights=False",
+}
+
+
+def refuse_options(**options: object) -> None:
+    """Raise :class:`~attnplan.errors.SpecError` for an option that is neither None nor False."""
+    for name, value in options.items():
+        if value is not None and value is not False:
+            raise SpecError(f"{name}={_brief(value)}: {_NO_EFFECT[name]}")
+
+
+def _brief(value: object) -> str:
+    return f"<tensor {list(value.shape)}>" if isinstance(value, Tensor) else repr(value)
+
+
+def dropout_operands(dropout: float, training: bool) -> dict[str, Any]:
+    """Return what a call needs to drop weights: the probability and a seed from torch's default generator."""
+    if not (training and dropout):
+        return {}
+    return {"dropout": dropout, "dropout_seed": torch.randint(2**31, ())}
+
+
+def padding_operands(key_padding_mask: Tensor | None) -> dict[str, Tensor]:
+    """Turn PyTorch's mask, True where a key is padding, into the operand, True where it is real.
+
+    Raises
+    ------
+    SpecError
+        If the mask is not a boolean tensor ``[B, K]``.
+    """
+    if key_padding_mask is None:
+        return {}
+    mask = key_padding_mask
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 2:
+        got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise SpecError(f"key_padding_mask must be a bool tensor [B, K], True where the key is padding; got {got}")
+    return {"key_padding": ~mask}
+
+
+def check_dropout(dropout: float) -> float:
+    """Return ``dropout``, or raise :class:`~attnplan.errors.SpecError` unless it is in [0, 1)."""
+    if isinstance(dropout, bool) or not isinstance(dropout, float | int) or not 0 <= dropout < 1:
+        raise SpecError(f"dropout must be a probability in [0, 1), got {dropout!r}")
+    return float(dropout)
+
+
+class PatternAttention(nn.Module):
+    """Base of the modules without projections: tensors ``[B, S, H, D]``, and a pattern that subclasses define."""
+
+    softmax_scale: float | None = None
+    dropout: float = 0.0
+    _last: dict[str, Any] | None = None
+
+    def pattern(self, seq_len: int, heads: int) -> Pattern | Mixture:
+        """Return the pattern that runs for ``seq_len`` keys and ``heads`` query heads."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        is_causal: bool = False,
+        attention_mask: None = None,
+        key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the attention.
+
+        Parameters
+        ----------
+        query, key, value
+            ``[B, S, H, D]``, ``[B, K, H_kv, D]``, ``[B, K, H_kv, Dv]``.
+        is_causal
+            Keep keys at or before the query's position.
+        attention_mask
+            Must be None: an arbitrary mask has no dilated form.
+        key_padding_mask
+            Bool ``[B, K]``, True where the key is padding, as in ``torch.nn.MultiheadAttention``.
+
+        Returns
+        -------
+        Tensor
+            ``[B, S, H, Dv]``; rows that may see no key are 0.
+
+        Raises
+        ------
+        SpecError
+            If shapes, dtypes or masks do not fit.
+        """
+        refuse_options(attention_mask=attention_mask)
+        operands = padding_operands(key_padding_mask) | dropout_operands(self.dropout, self.training)
+        _check_4d(query, key, value)
+        out = self._run(query, key, value, is_causal, operands)
+        self._remember(query, key, value, is_causal, operands)
+        return out
+
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, operands: Mapping[str, Any]) -> Tensor:
+        pattern = self.pattern(k.shape[1], q.shape[2])
+        result = attention(
+            q, k, v, pattern, causal=is_causal, scale=self.softmax_scale, layout="bshd", **operands
+        )  # fmt: skip
+        assert isinstance(result, Tensor)
+        return result
+
+    def _remember(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, operands: Mapping[str, Any]) -> None:
+        self._last = {
+            "seq_len": q.shape[1], "heads": q.shape[2], "head_dim": q.shape[3], "kv_len": k.shape[1],
+            "kv_heads": k.shape[2], "value_dim": v.shape[3], "batch": max(1, q.shape[0]), "causal": is_causal,
+            "dtype": q.dtype, "device": q.device, "padded": "key_padding" in operands,
+            "dropout": operands.get("dropout", 0.0),
+        }  # fmt: skip
+
+    def plan(
+        self, seq_len: int, heads: int, head_dim: int, *, padded: bool = False, device: Any = "auto", **spec: Any
+    ) -> Plan:
+        """Return the plan for one shape; the same object that a call of that shape uses.
+
+        Parameters
+        ----------
+        seq_len, heads, head_dim
+            S, H and D of the query.
+        padded
+            Whether the call brings a ``key_padding_mask``.
+        device
+            As in :func:`attnplan.compile`.
+        **spec
+            Other fields of :class:`~attnplan.AttentionSpec`; the default dtype is float32.
+
+        Examples
+        --------
+        >>> from attnplan.nn import DilatedAttention
+        >>> DilatedAttention([8, 16], [1, 2]).plan(64, heads=4, head_dim=8, device="cpu-2core").strategy
+        'lattice'
+        """
+        pattern = self.pattern(spec.get("kv_len", seq_len), heads)
+        sizes = {"seq_len": seq_len, "heads": heads, "head_dim": head_dim, "dtype": "float32", **spec}
+        chosen = pattern & padding() if padded else pattern
+        return compile(AttentionSpec(pattern=chosen, scale=self.softmax_scale, layout="bshd", **sizes), device)
+
+    def explain(self, seq_len: int | None = None, heads: int = 8, head_dim: int = 64, **options: Any) -> str:
+        """Return the page of :meth:`attnplan.Plan.explain` for the last call, or for a shape.
+
+        Parameters
+        ----------
+        seq_len, heads, head_dim, **options
+            As in :meth:`plan`. Without ``seq_len``, the shapes of the last call.
+
+        Raises
+        ------
+        SpecError
+            If there was no call and no ``seq_len`` is given.
+        """
+        if seq_len is not None:
+            return str(self.plan(seq_len, heads, head_dim, **options).explain())
+        if self._last is None:
+            raise SpecError("nothing to explain: call the module first, or give a length: explain(seq_len=8192)")
+        return str(self.plan(**self._last).explain())
+
+    def extra_repr(self) -> str:
+        """Return the pattern's arguments and, after a call, the plan that it used."""
+        return ", ".join([*self._arguments(), *self._choice()])
+
+    def _arguments(self) -> list[str]:
+        return [f"{n}={v}" for n, v in (("scale", self.softmax_scale), ("dropout", self.dropout)) if v]
+
+    def _choice(self) -> list[str]:
+        if self._last is None:
+            return []
+        plan = self.plan(**self._last)
+        return [f"plan at {self._last['seq_len']}: {plan.strategy} > {plan.backend} ({plan.schedule})"]
+
+
+def _check_4d(q: Any, k: Any, v: Any) -> None:
+    for name, tensor in (("query", q), ("key", k), ("value", v)):
+        if getattr(tensor, "ndim", None) != 4:
+            got = f"shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise SpecError(f"{name} must be a tensor [B, S, H, D], got {got}")
+
+
+class ProjectedAttention(nn.Module):
+    """Base of the modules with projections: subclasses create the submodules and define :meth:`forward`."""
+
+    attention: PatternAttention
+
+    def __init__(self, embed_dim: int, num_heads: int) -> None:
+        super().__init__()
+        for name, value in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise SpecError(f"{name} must be a positive int, got {value!r}")
+        if embed_dim % num_heads:
+            raise SpecError(f"num_heads={num_heads} does not divide embed_dim={embed_dim}")
+        self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, key_padding_mask: Tensor | None) -> Tensor:
+        """Split the heads of projected ``[B, S, E]``, attend, and merge them again."""
+        q, k, v = (x.view(*x.shape[:2], self.num_heads, self.head_dim) for x in (q, k, v))
+        out: Tensor = self.attention(q, k, v, is_causal=is_causal, key_padding_mask=key_padding_mask)
+        return out.flatten(2)
+
+    def _inputs(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Fill in missing keys and values, as self-attention, and check the shapes."""
+        key = query if key is None else key
+        value = key if value is None else value
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[-1] != self.embed_dim:
+                got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+                raise SpecError(f"{name} must be a tensor [B, S, {self.embed_dim}], got {got}")
+        return query, key, value
+
+    def plan(self, seq_len: int, **options: Any) -> Plan:
+        """Return the plan for calls of length ``seq_len``; options as in :meth:`PatternAttention.plan`."""
+        options.setdefault("dtype", next(self.parameters()).dtype)
+        return self.attention.plan(seq_len, self.num_heads, self.head_dim, **options)
+
+    def explain(self, seq_len: int | None = None, **options: Any) -> str:
+        """Return the page of :meth:`attnplan.Plan.explain` for the last call, or for a length.
+
+        Raises
+        ------
+        SpecError
+            If there was no call and no ``seq_len`` is given.
+        """
+        return self.attention.explain() if seq_len is None else str(self.plan(seq_len, **options).explain())
+
+    def extra_repr(self) -> str:
+        """Return the sizes for ``repr(module)``; the choice is in the inner attention's line."""
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}"
