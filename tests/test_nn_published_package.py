@@ -6,19 +6,17 @@ Equal where its semantics are sound; one test for each fault that we do not repr
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import inspect
-import sys
 from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attnplan.nn import DilatedAttention, MultiheadDilatedAttention
+from bench.published_package import loaded
 from tests import published
 
 _NEEDED = ("dilated_attention_pytorch", "einops")
@@ -30,29 +28,10 @@ pytestmark = pytest.mark.skipif(
 WS, RS = [8, 16], [1, 2]
 
 
-class _LowerTriangularMask:
-    """Stands for the xformers mask."""
-
-
-def _attention(query: Tensor, key: Tensor, value: Tensor, op: object = None, attn_bias: object = None) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    causal = isinstance(attn_bias, _LowerTriangularMask)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
-
-
 @pytest.fixture(scope="module")
 def package() -> Iterator[ModuleType]:
     """Import the published module with a stub of xformers, and forget both afterwards."""
-    ops = ModuleType("xformers.ops")
-    ops.LowerTriangularMask, ops.memory_efficient_attention, ops.AttentionOp = _LowerTriangularMask, _attention, object
-    root = ModuleType("xformers")
-    root.ops = ops
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "xformers", root)
-        patch.setitem(sys.modules, "xformers.ops", ops)
-        module = importlib.import_module("dilated_attention_pytorch.dilated_attention")
-        for name in ("dilated_attention_pytorch", module.__name__):
-            patch.delitem(sys.modules, name)
+    with loaded() as module:
         yield module
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import spine
+from bench import dilated, spine
 
 pytestmark = pytest.mark.timing
 
@@ -27,3 +27,10 @@ def test_longnet_is_4_times_as_fast_as_its_equivalent_sdpa_call_and_3_times_as_f
     assert row["worst_relative_l2"] <= 2e-6
     assert row["times_faster_than_bias"] >= 4, row["seconds"]
     assert row["times_faster_than_dense"] >= 3, row["seconds"]
+
+
+def test_grouped_dilation_takes_at_most_5_percent_more_than_strided_sdpa_by_hand():
+    for backward in (False, True):
+        row = dilated.row(8192, 9, backward, rounds=3)
+        assert row["relative_l2_to_hand_written"] <= 2e-6
+        assert row["ratios_to_plan"]["strided SDPA by hand"] >= 1 / 1.05, row["seconds"]

@@ -47,6 +47,16 @@ def merge(q: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor], places: Seq
     return out, total
 
 
+def placed(q: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor], places: Sequence[Place]) -> tuple[Tensor, Tensor]:
+    """Return :func:`merge` of parts that share no row: each is its rows' whole softmax, and is copied to its place."""
+    total = torch.full(q.shape[:3], -torch.inf, dtype=accumulator(q.dtype), device=q.device)
+    out = empty_like_rows(q, outs[0].shape[-1], q.dtype).zero_()
+    for part, lse, place in zip(outs, lses, places, strict=True):
+        _at(out, place).copy_(part)
+        _at_one(total, place).copy_(lse)
+    return out, total
+
+
 def weighted_sum(q: Tensor, outs: Sequence[Tensor], weights: Sequence[float], places: Sequence[Place]) -> Tensor:
     """Return the sum of parts times constant weights, ``[B, H, S, Dv]`` in the accumulating dtype."""
     out = empty_like_rows(q, outs[0].shape[-1], accumulator(q.dtype)).zero_()

@@ -14,6 +14,7 @@ from attnplan.backends.base import Program, Schedule
 from attnplan.backends.eager.places import Owner, Place, is_whole, owners, place
 from attnplan.backends.eager.programs import DirectProgram, FusedProgram, PlainProgram
 from attnplan.ir import Attend, Axis, Graph, Merge, Mix, Node, RowMap, Take
+from attnplan.ir.ops import disjoint
 from attnplan.ir.slots import slot_condition
 from attnplan.lower import lower
 from attnplan.runtime import attend as attends
@@ -231,11 +232,13 @@ class Emitter:
                 values[node.id] = (code.call_function(weighted_sum, (q, outs, weights, places)), None)
                 continue
             lses = [values[a][1] for a in node.args]
-            options: dict[str, Any] = (
-                {"detach": True} if isinstance(op, Mix) and merge is merges.merge_plain and op.rule != "lse" else {}
-            )
-            pair = code.call_function(merge, (q, outs, lses, places), options)
-            values[node.id] = _pair(code, pair, node.id)
+            options: dict[str, Any] = {}
+            join = merge
+            if merge is merges.merge_plain:
+                options = {"detach": True} if isinstance(op, Mix) and op.rule != "lse" else {}
+            elif disjoint([n.type.rows for n in self.graph.args(node)]):
+                join = merges.placed
+            values[node.id] = _pair(code, code.call_function(join, (q, outs, lses, places), options), node.id)
         return values
 
     def _finished(self, code: fx.Graph, q: fx.Node, values: dict[int, Value]) -> Value:
