@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from attnplan.ir.coverage import spec_coverage
 from attnplan.passes import PASSES
-from bench import mutants
+from bench.mutants import corpus, judging, pipelines, report, syntax, workers
+from bench.mutants.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,7 +20,7 @@ def sample(tmp_path_factory):
     """Forty random mutants, judged; the run fails before the first if the unmutated code does not pass."""
     folder = tmp_path_factory.mktemp("mutants")
     options = ["--sample", "40", "--seed", "0", "--json", str(folder / "run.json"), "--docs", str(folder / "run.md")]
-    result = CliRunner().invoke(mutants.main, options, catch_exceptions=False)
+    result = CliRunner().invoke(main, options, catch_exceptions=False)
     assert result.exit_code == 0
     return json.loads((folder / "run.json").read_text()), (folder / "run.md").read_text(), result.output
 
@@ -40,27 +42,27 @@ def test_the_report_states_the_figures(sample):
 
 
 def test_a_mutant_that_takes_too_long_is_given_up():
-    (row,) = mutants.run(mutants.mutants()[:1], jobs=1, limit=0.0)
+    (row,) = workers.run(syntax.mutants()[:1], jobs=1, limit=0.0)
     assert row["verdict"] == "timeout"
 
 
 def test_the_committed_page_is_that_of_the_committed_run():
     data = json.loads((ROOT / "bench/results/mutants.json").read_text())
-    assert mutants.summary(data["mutants"]) == data["summary"]
+    assert report.summary(data["mutants"]) == data["summary"]
     assert data["summary"]["rate"] >= 0.95
-    assert mutants.render(data) == (ROOT / "docs/mutants.md").read_text()
-    assert "not yet explained" not in mutants.render(data)
+    assert report.render(data) == (ROOT / "docs/mutants.md").read_text()
+    assert "not yet explained" not in report.render(data)
 
 
 def test_every_pass_is_mutated():
-    assert {p.__module__ for p in PASSES.values()} <= set(mutants.TARGETS)
+    assert {p.__module__ for p in PASSES.values()} <= set(pipelines.TARGETS)
 
 
 def texts(source):
     """Return every mutation of a function."""
     tree = ast.parse(source)
     function = tree.body[0]
-    return {ast.unparse(mutants.replaced(tree, old, new)) for old, _, new in mutants._changes(function)}
+    return {ast.unparse(syntax.replaced(tree, old, new)) for old, _, new in syntax.changes(function)}
 
 
 @pytest.mark.parametrize(
@@ -106,13 +108,13 @@ def test_docstrings_annotations_imports_and_messages_stay():
     ],
 )
 def test_a_verdict_is_that_of_the_weightiest_outcome(outcomes, verdict):
-    assert mutants.judge(("spec", "usual", outcome, "") for outcome in outcomes)["verdict"] == verdict
+    assert judging.judge(("spec", "usual", outcome, "") for outcome in outcomes)["verdict"] == verdict
 
 
 def test_the_unmutated_module_loaded_as_a_mutant_makes_the_same_graphs():
-    compiler = mutants.Compiler.load(mutants.TARGETS[-1], ast.unparse(mutants._tree(mutants.TARGETS[-1])))
-    plain = mutants.Compiler.load()
+    compiler = judging.Compiler.load(pipelines.TARGETS[-1], ast.unparse(syntax.parsed(pipelines.TARGETS[-1])))
+    plain = judging.Compiler.load()
     for name in ("longnet-gqa", "grouped-mean", "million-longnet"):
-        spec = mutants.CORPUS[name]
-        expected = mutants.spec_coverage(spec)
+        spec = corpus.CORPUS[name]
+        expected = spec_coverage(spec)
         assert compiler.run(spec, "usual", expected) == plain.run(spec, "usual", expected)
