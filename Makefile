@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint mutants golden clean
+.PHONY: demo test test-slow lint mutants bench lm golden clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,13 @@ test-slow: $(VENV)/.ready
 
 mutants: $(VENV)/.ready
 	$(BIN)/python -m bench.mutants --json bench/results/mutants.json --docs docs/mutants.md
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m bench.spine --json bench/results/spine-cpu.json
+	$(BIN)/python -m bench.dilated --json bench/results/dilated-cpu.json
+
+lm: $(VENV)/.ready
+	$(BIN)/python -m examples.longnet_lm.train
 
 golden: $(VENV)/.ready
 	$(BIN)/pytest tests/test_passes.py --update-golden

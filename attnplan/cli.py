@@ -244,7 +244,7 @@ def backends(file: str | None, spec_file: str | None, device: str, as_json: bool
     if file or spec_file or any(v is not None for v in flags.values()):
         _echo_candidates(_spec(file or spec_file, flags), target, as_json)
         return
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": b.name,
             "versions": b.versions(),
@@ -259,12 +259,12 @@ def backends(file: str | None, spec_file: str | None, device: str, as_json: bool
         _echo_json(rows)
         return
     for row in rows:
-        versions = ", ".join(f"{n} {v or 'not installed'}" for n, v in row.get("versions", {}).items())  # type: ignore[attr-defined]
+        versions = ", ".join(f"{n} {v or 'not installed'}" for n, v in row.get("versions", {}).items())
         by_name = "" if row.get("automatic", True) else "   only when asked for by name"
         _echo(f"{row['name']:<10} {versions}{by_name}\n")
-        for name, what in row.get("schedules", {}).items():  # type: ignore[attr-defined]
+        for name, what in row.get("schedules", {}).items():
             _echo(f"           {name:<9} {what}\n")
-        for reason in row["refused"]:  # type: ignore[attr-defined]
+        for reason in row["refused"]:
             _echo(f"           refused   {reason}\n")
 
 
