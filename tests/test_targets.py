@@ -31,6 +31,7 @@ def test_longnet_is_4_times_as_fast_as_its_equivalent_sdpa_call_and_3_times_as_f
 
 def test_grouped_dilation_takes_at_most_5_percent_more_than_strided_sdpa_by_hand():
     for backward in (False, True):
-        row = dilated.row(8192, 9, backward, rounds=3)
+        row = dilated.row(8192, 9, backward, rounds=5)
         assert row["relative_l2_to_hand_written"] <= 2e-6
-        assert row["ratios_to_plan"]["strided SDPA by hand"] >= 1 / 1.05, row["seconds"]
+        fastest = {name: seconds["min"] for name, seconds in row["seconds"].items()}  # the least disturbed round
+        assert fastest["plan"] <= 1.05 * fastest["strided SDPA by hand"], row["seconds"]
