@@ -47,6 +47,8 @@ class KernelModel:
     """Whether scores are written to memory."""
     tile: int = 128
     """Rows and columns of a tile: what is not a multiple of it is computed in vain."""
+    causal_tile: int = 128
+    """Columns of the tiles that are computed whole along the causal diagonal."""
     masks: bool = True
     """Whether the kernel takes an arbitrary mask."""
 
@@ -144,7 +146,7 @@ def _attend(node: Node, setting: Setting) -> Cost:
     padded = -(-rows // kernel.tile) * kernel.tile * columns if rows >= kernel.tile else rows * columns
     visited: float = padded
     if condition == "causal" and kernel.skips_causal:
-        visited = rows * (columns + min(kernel.tile, columns)) / 2
+        visited = rows * (columns + min(kernel.causal_tile, columns)) / 2
     blocks = prod(a.size for a in q.type.rows.batch) * setting.batch
     moved = sum(value_bytes(n, setting) for n in (q, k, v, node)) + 3 * mask_bytes(node, setting)
     if kernel.materialises:

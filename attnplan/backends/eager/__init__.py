@@ -13,7 +13,7 @@ from attnplan.ir import Attend, Graph
 from attnplan.ir.slots import slot_condition
 from attnplan.spec import AttentionSpec
 
-FLASH_CPU = Schedule("flash", KernelModel(efficiency=0.7, tile=32), "SDPA's flash operator for CPU")
+FLASH_CPU = Schedule("flash", KernelModel(efficiency=0.5, tile=32, causal_tile=512), "SDPA's flash operator for CPU")
 FLASH_CUDA = Schedule("flash", KernelModel(efficiency=0.36, masks=False), "SDPA's FlashAttention-2 operator")
 MATH_CPU = Schedule("math", KernelModel(0.5, skips_causal=False, materialises=True, tile=1), "plain torch")
 MATH_CUDA = Schedule("math", KernelModel(0.3, skips_causal=False, materialises=True, tile=1), "plain torch")
