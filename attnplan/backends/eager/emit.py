@@ -39,8 +39,8 @@ def emit(graph: Graph, spec: AttentionSpec, schedule: Schedule, device: str) -> 
         module = emitter.plain()
         return PlainProgram(module, _source(module), follow)
     kernel = f"flash-{device.partition(':')[0]}"
-    forward, backward, saved = emitter.forward(kernel), emitter.backward(kernel), emitter.saved
-    fused = FusedProgram(forward, backward, len(saved), f"{_source(forward)}\n{_source(backward)}", follow)
+    forward, backward = emitter.forward(kernel), emitter.backward(kernel)
+    fused = FusedProgram(forward, backward, f"{_source(forward)}\n{_source(backward)}", follow)
     direct = emitter.direct(kernel)
     return fused if direct is None else DirectProgram(direct, fused, _source(direct))
 

@@ -19,8 +19,6 @@ class FusedProgram:
 
     forward: fx.GraphModule
     backward: fx.GraphModule
-    saved: int
-    """Number of tensors saved beside q, k, v, the output and the LSE."""
     source: str
     follows_lengths: bool = False
     differentiable_lse: bool = True
