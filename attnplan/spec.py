@@ -184,6 +184,18 @@ class AttentionSpec:
                 f"{self.pattern!r} fixes lengths, but seq_len or kv_len is a Dim; leave the lengths out and pass "
                 "documents= or key_padding= with each call"
             )
+        else:
+            self._check_open_pattern()
+
+    def _check_open_pattern(self) -> None:
+        for part in self.pattern.walk():
+            kind = type(part).__name__
+            if kind == "Blocks" or (kind == "Neighborhood" and getattr(part, "shape", None) is not None):
+                raise SpecError(
+                    f"{kind.lower()} has a fixed size, but seq_len or kv_len is a Dim; give both lengths as ints"
+                )
+            if kind == "Mask":
+                part.check(self.shape)
 
     @property
     def is_static(self) -> bool:

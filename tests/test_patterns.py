@@ -303,7 +303,7 @@ UNREADABLE = {
     "window(": "cannot read the pattern",
     "\0": "cannot read the pattern",
     "windw(3)": "unknown pattern 'windw'; did you mean 'window'",
-    "zzz(3)": "unknown pattern 'zzz'; known: band, causal",
+    "zzz(3)": "unknown pattern 'zzz'; known: a_shape, band, bigbird, block_window, blocks, causal",
     "causal": r"'causal' is a function: write causal\(...\)",
     "causal() & 5": r"'causal\(\) & 5' joins something that is not a pattern",
     "causal() + causal()": "is not part of the pattern algebra",

@@ -74,7 +74,7 @@ class Pattern:
         return frozenset()
 
     def tables(self, shape: Shape) -> dict[str, np.ndarray]:
-        """Return the static tables, each of shape ``[batch or 1, kv_len]``."""
+        """Return the static tables, each of shape ``[batch or 1, length]``; most lengths are ``kv_len``."""
         return {}
 
     def check(self, shape: Shape) -> None:

@@ -6,14 +6,16 @@ A mixture is a multiset, a union ``a | b`` is a set: with the ``lse`` rule a key
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from math import isfinite
+from operator import and_
 from typing import TypeVar
 
 import attrs
 
 from attnplan.errors import SpecError, did_you_mean
 from attnplan.patterns.bands import Full
-from attnplan.patterns.base import Pattern, Shape, require, require_int
+from attnplan.patterns.base import Pattern, Shape, conjuncts, require, require_int
 from attnplan.patterns.segments import OFFSETS, Dilated, Heads
 
 RULES = ("lse", "lse-detached", "mean", "sum")
@@ -64,7 +66,9 @@ class Mixture:
     def __and__(self: M, other: object) -> M:
         if not isinstance(other, Pattern):
             return NotImplemented
-        return attrs.evolve(self, where=other if isinstance(self.where, Full) else self.where & other)
+        # full() is dropped, as it is when the text form is read back term by term
+        terms = [c for c in (*conjuncts(self.where), *conjuncts(other)) if not isinstance(c, Full)]
+        return attrs.evolve(self, where=reduce(and_, terms) if terms else Full())
 
     def __rand__(self: M, other: object) -> M:
         return self & other

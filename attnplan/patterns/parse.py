@@ -9,15 +9,31 @@ from typing import Any
 from attnplan.errors import SpecError, did_you_mean
 from attnplan.patterns.bands import band, causal, full, window
 from attnplan.patterns.base import Pattern
+from attnplan.patterns.blocks import block_window, blocks, random_blocks
+from attnplan.patterns.grids import neighborhood
 from attnplan.patterns.keys import global_tokens, sinks
 from attnplan.patterns.mixtures import Mixture, grouped, longnet, mix
 from attnplan.patterns.operands import documents, padding
+from attnplan.patterns.presets import (
+    a_shape,
+    bigbird,
+    chunked,
+    longformer,
+    longlora,
+    prefix_lm,
+    sparse_transformer,
+    streaming,
+    vertical_slash,
+)
 from attnplan.patterns.segments import dilated, heads, segments
+from attnplan.patterns.strides import columns, strided
 
 CONSTRUCTORS: Mapping[str, Callable[..., Pattern | Mixture]] = {
     f.__name__: f
     for f in (
         full, causal, window, band, segments, dilated, heads, sinks, global_tokens, documents, padding,
+        strided, columns, blocks, block_window, random_blocks, neighborhood,
+        longformer, bigbird, streaming, a_shape, vertical_slash, sparse_transformer, chunked, prefix_lm, longlora,
         longnet, grouped, mix,
     )
 }  # fmt: skip
