@@ -5,51 +5,29 @@ evaluated modulo the prime 2^61 - 1 at two random points. Row maps are affine an
 is a product of geometric sums; nothing of the size of the sequence is ever built. A spec and a graph with unlike pairs
 have equal fingerprints with probability below 1e-20.
 
-Conditions without a closed form (runtime operands, unions, functions) are carried as the key of the sum they filter,
-and so are the scale, the softcap and the way in which the result is mixed: a pass that drops or alters one of them
-changes the coverage.
+A set union is a polynomial in indicators, each monomial of which is summed (:mod:`attnplan.patterns.indicators`).
+Conditions without a closed form (runtime operands, functions) are the variables of that polynomial: they are the key of
+the sum that they filter, and so are the scale, the softcap and the way in which the result is mixed. A pass that drops
+or alters one of them, or lets two parts of a union overlap, changes the coverage.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from math import prod
 
 import attrs
 
 from attnplan.errors import PassError, VerifyError
 from attnplan.ir.graph import Graph, Node
 from attnplan.ir.ops import Attend, Input, Merge, Mix, Output
+from attnplan.ir.probes import PROBES, Probe, attend_sum
 from attnplan.ir.rows import RowMap
 from attnplan.patterns.bands import Full
 from attnplan.patterns.base import Pattern, conjuncts
-from attnplan.patterns.sums import PRIME, Cell, Conjunction, Point, head_sum
+from attnplan.patterns.indicators import indicator
+from attnplan.patterns.sums import PRIME, Conjunction, head_sum
 from attnplan.spec import AttentionSpec
-
-
-@attrs.frozen(cache_hash=True)
-class _Probe:
-    """One random point for all five variables."""
-
-    branch: int
-    head: int
-    kv_head: int
-    pairs: Point
-
-    @classmethod
-    def draw(cls, source: random.Random) -> _Probe:
-        values = [source.randrange(2, PRIME - 1) for _ in range(5)]
-        return cls(values[0], values[1], values[2], Point(values[3], values[4], PRIME))
-
-    def weight(self, branch: int, head: int, kv_head: int) -> int:
-        powers = (pow(self.branch, branch, PRIME), pow(self.head, head, PRIME), pow(self.kv_head, kv_head, PRIME))
-        return prod(powers) % PRIME
-
-
-_SOURCE = random.Random(0x61747470)  # fixed, so that a graph has the same fingerprint everywhere
-PROBES = (_Probe.draw(_SOURCE), _Probe.draw(_SOURCE))
 
 
 @attrs.frozen(cache_hash=True)
@@ -124,16 +102,19 @@ def _add(parts: Sequence[Pairs]) -> Pairs:
 
 @lru_cache(maxsize=512)
 def attend_coverage(op: Attend, q: RowMap, k: RowMap) -> Pairs:
-    conjunction = _closed_part(op.where, op.shift)
-    opaque = conjunction.opaque if op.shift is not None else _flat(op.where)
-    term = Term(opaque, _shift(opaque, op.shift), op.scale, op.softcap, op.dropout, op.precision)
-    if q.keeps_rows and k.keeps_rows:
-        values = tuple(_by_head(probe, op, conjunction, q, k) for probe in PROBES)
-    elif conjunction.dilated or conjunction.heads:
-        raise PassError(f"attend where {op.where!r} keeps a segment or head condition over rows that were taken apart")
-    else:
-        values = tuple(_by_axes(probe, op, conjunction, q, k) for probe in PROBES)
-    return {term: values} if any(values) else {}
+    """Return what one attend computes over the rows that it is given.
+
+    Raises
+    ------
+    PassError
+        If its condition has no closed form over its rows.
+    """
+    parts: list[Pairs] = []
+    for condition, coefficient in _monomials(op.where, op.shift):
+        shift = _shift(condition.opaque, op.shift)
+        term = Term(condition.opaque, shift, op.scale, op.softcap, op.dropout, op.precision)
+        parts.append({term: tuple(coefficient * attend_sum(probe, op, condition, q, k) for probe in PROBES)})
+    return _add(parts)
 
 
 def _shift(opaque: frozenset[Pattern], shift: int | None) -> int | None:
@@ -141,53 +122,12 @@ def _shift(opaque: frozenset[Pattern], shift: int | None) -> int | None:
     return shift if opaque or shift is None else 0
 
 
-def _flat(where: Pattern) -> frozenset[Pattern]:
-    return frozenset(c for c in conjuncts(where) if not isinstance(c, Full))
-
-
-def _closed_part(where: Pattern, shift: int | None) -> Conjunction:
-    """Return what can be summed: nothing at all if positions arrive with the call."""
-    return Conjunction.of(where if shift is not None else Full())
-
-
-def _by_head(probe: _Probe, op: Attend, conjunction: Conjunction, q: RowMap, k: RowMap) -> int:
-    """Sum head by head over whole rows, with the pattern's own closed form; heads with one offset share it."""
-    weights: dict[tuple[object, ...], int] = {}
-    examples: dict[tuple[object, ...], int] = {}
-    for index, head in q.batch_heads():
-        key = (conjunction.admits(head), conjunction.offsets(head))
-        weights[key] = weights.get(key, 0) + probe.weight(op.branch, head, k.head_at(index))
-        examples.setdefault(key, head)
-    return sum(
-        weight % PRIME * head_sum(conjunction, examples[key], probe.pairs, op.shift or 0, q.length, k.length)
-        for key, weight in weights.items()
-    ) % PRIME  # fmt: skip
-
-
-def _by_axes(probe: _Probe, op: Attend, conjunction: Conjunction, q: RowMap, k: RowMap) -> int:
-    """Sum over affine rows: a geometric factor for each batch axis, times the sum over one block of rows."""
-    point = probe.pairs
-    total = probe.weight(op.branch, q.head, k.head)
-    for a, b in zip(q.batch, k.batch, strict=True):
-        b = b if b.size > 1 else attrs.evolve(b, head=0, row=0)
-        if conjunction.banded and a.row != b.row and a.size > 1:
-            raise PassError(f"attend where {op.where!r}: queries and keys drift apart along a batch axis")
-        step = pow(probe.head, a.head, PRIME) * pow(probe.kv_head, b.head, PRIME)
-        step = step * pow(point.x, a.row, PRIME) * pow(point.y, b.row, PRIME)
-        total = total * point.geometric(step % PRIME, a.size) % PRIME
-    return total * _block(point, op, conjunction, q, k) % PRIME
-
-
-def _block(point: Point, op: Attend, conjunction: Conjunction, q: RowMap, k: RowMap) -> int:
-    rows, keys, shift = q.axes[-1], k.axes[-1], op.shift or 0
-    if conjunction.banded and not rows.row == keys.row > 0:
-        raise PassError(f"attend where {op.where!r}: query rows step by {rows.row}, keys by {keys.row}")
-    if conjunction.banded:
-        cell = Cell(q.row + shift, k.row, rows.size, keys.size, rows.row)
-        return cell.sum(point, conjunction.left, conjunction.right, shift)
-    x, y = point.power(point.x, rows.row), point.power(point.y, keys.row)
-    start = point.power(point.x, q.row) * point.power(point.y, k.row)
-    return start * point.rectangle(x, y, rows.size, keys.size) % PRIME
+def _monomials(where: Pattern, shift: int | None) -> Sequence[tuple[Conjunction, int]]:
+    """Return what a condition's pairs are the sum of; nothing can be summed if positions arrive with the call."""
+    if shift is not None:
+        return indicator(where)
+    flat = frozenset(c for c in conjuncts(where) if not isinstance(c, Full))
+    return ((Conjunction(None, None, (), (), flat), 1),)
 
 
 def spec_coverage(spec: AttentionSpec) -> Coverage:
@@ -199,36 +139,36 @@ def spec_coverage(spec: AttentionSpec) -> Coverage:
         If the pattern cuts the sequence into too many irregular pieces to sum.
     """
     shape = spec.shape
-    whole = RowMap.whole(spec.heads, shape.seq_len)
-    group = spec.heads // spec.kv_heads
     parts: list[Pairs] = []
     for branch, where in enumerate(spec.branches):
         shift = None if spec.q_offset else shape.shift
-        conjunction = _closed_part(where, shift)
-        opaque = conjunction.opaque if shift is not None else _flat(where)
-        term = Term(
-            opaque=opaque,
-            shift=_shift(opaque, shift),
-            scale=spec.softmax_scale,
-            softcap=spec.softcap,
-            dropout=spec.dropout,
-            precision=spec.precision,
-            mixing=_spec_mixing(spec, branch),
-        )
-        values = tuple(
-            sum(
-                probe.weight(branch, head, head // group)
-                * head_sum(conjunction, head, probe.pairs, shift or 0, shape.seq_len, shape.kv_len)
-                for _, head in whole.batch_heads()
+        for condition, coefficient in _monomials(where, shift):
+            term = Term(
+                opaque=condition.opaque,
+                shift=_shift(condition.opaque, shift),
+                scale=spec.softmax_scale,
+                softcap=spec.softcap,
+                dropout=spec.dropout,
+                precision=spec.precision,
+                mixing=_spec_mixing(spec, branch),
             )
-            % PRIME
-            for probe in PROBES
-        )
-        parts.append({term: values})
-    return Coverage(_spec_inputs(spec), _add(parts))
+            values = (coefficient * _spec_sum(spec, branch, condition, shift or 0, probe) for probe in PROBES)
+            parts.append({term: tuple(values)})
+    return Coverage(spec_inputs(spec), _add(parts))
 
 
-def _spec_inputs(spec: AttentionSpec) -> frozenset[Input]:
+def _spec_sum(spec: AttentionSpec, branch: int, condition: Conjunction, shift: int, probe: Probe) -> int:
+    """Return the sum over the pairs of a branch that one intersection admits, head by head."""
+    shape, group = spec.shape, spec.heads // spec.kv_heads
+    weights: dict[int, int] = {}
+    for head in range(spec.heads):
+        each = head_sum(condition, head, probe.pairs, shift, shape.seq_len, shape.kv_len)
+        weights[each] = weights.get(each, 0) + probe.weight(branch, head, head // group)
+    return sum(each * weight for each, weight in weights.items()) % PRIME
+
+
+def spec_inputs(spec: AttentionSpec) -> frozenset[Input]:
+    """Return the inputs that a graph for ``spec`` takes."""
     shape, group = spec.shape, spec.heads // spec.kv_heads
     sizes = {
         "q": (spec.heads, shape.seq_len, spec.head_dim),
@@ -279,4 +219,4 @@ def _describe(terms: set[Term]) -> str:
     )
 
 
-__all__ = ["Coverage", "Term", "check_coverage", "coverage", "spec_coverage"]
+__all__ = ["Coverage", "Term", "check_coverage", "coverage", "spec_coverage", "spec_inputs"]

@@ -81,6 +81,11 @@ class RowMap:
         return self.row == 0 and self.axes[-1].row == 1 and not any(a.row for a in self.batch)
 
     @property
+    def contiguous(self) -> bool:
+        """Whether each head shows consecutive rows, the same ones in every head."""
+        return self.axes[-1].row == 1 and not any(a.row for a in self.batch)
+
+    @property
     def last_head(self) -> int:
         """The largest head in the map."""
         return self.head + sum((a.size - 1) * a.head for a in self.axes)

@@ -58,7 +58,9 @@ def simplify(op: Attend, q: TensorType, k: TensorType) -> Pattern:
     right = None if known.right is not None and known.right >= keys - 1 - first else known.right
     parts: list[Pattern] = list(_heads(known.heads, q.rows.last_head + 1))
     parts += _dilated(list(known.dilated), first, keys)
-    if left is not None or right is not None:
+    if left is not None and right is not None and left + right < 0:
+        parts += [band(left, None), band(None, right)]  # nothing lies between the two, and no one band says so
+    elif left is not None or right is not None:
         parts.append(band(left, right))
     parts += [c for c in dict.fromkeys(conjuncts(op.where)) if c in known.opaque]
     return _join(parts)

@@ -57,7 +57,8 @@ def _visit(builder: Builder, node: Node, args: tuple[int, ...]) -> int | None:
     q, k = (builder.type(a).rows for a in args[:2])
     conjunction = Conjunction.of(op.where)
     varies = bool(conjunction.heads) or any(d.per_head for d in conjunction.dilated)
-    if not varies or not (q == builder.type(0).rows and q.keeps_rows):
+    whole = all(rows == builder.type(builder.source(a)).rows for rows, a in zip((q, k), args, strict=False))
+    if not varies or not whole:
         return None
     families = list(head_families(conjunction, q, k))
     if not families:

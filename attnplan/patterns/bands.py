@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import attrs
 
-from attnplan.patterns.base import Array, Pattern, require_int
+from attnplan.patterns.base import Array, Pattern, require, require_int
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +30,10 @@ class Full(Pattern):
 
 @attrs.frozen(cache_hash=True, repr=False)
 class Band(Pattern):
-    """Keys from ``left`` before the query to ``right`` after it, both ends included; None is no limit."""
+    """Keys from ``left`` before the query to ``right`` after it, both ends included; None is no limit.
+
+    A negative side lies beyond the query: ``Band(None, -5)`` leaves out the nearest keys.
+    """
 
     left: int | None
     right: int | None
@@ -37,7 +41,11 @@ class Band(Pattern):
     def __attrs_post_init__(self) -> None:
         for name, value in (("left", self.left), ("right", self.right)):
             if value is not None:
-                require_int(value, f"window {name}", 0)
+                require_int(value, f"window {name}", -sys.maxsize)
+        require(
+            self.left is None or self.right is None or self.left + self.right >= 0,
+            f"band({self.left}, {self.right}) holds no key: it ends before it begins",
+        )
 
     def pairs(self, tables: Mapping[str, Array], h: Array, q: Array, k: Array) -> Array:
         result = (q == q) & (k == k)
@@ -54,7 +62,7 @@ class Band(Pattern):
     def __repr__(self) -> str:
         if (self.left, self.right) == (None, 0):
             return "causal()"
-        if None in (self.left, self.right):
+        if self.left is None or self.right is None or min(self.left, self.right) < 0:
             return f"band({self.left}, {self.right})"
         return f"window({self.left})" if self.left == self.right else f"window({self.left}, {self.right})"
 
@@ -108,15 +116,33 @@ def window(left: int, right: int | None = None) -> Pattern:
     The convention is that of flash-attn's ``window_size=(left, right)``.
     """
     require_int(left, "window left", 0)
+    if right is not None:
+        require_int(right, "window right", 0)
     return Band(left, left if right is None else right)
 
 
 def band(left: int | None, right: int | None) -> Pattern:
-    """Return a window in which either side may be unlimited (None).
+    """Let a query meet the keys from ``left`` before its position to ``right`` after it, both ends included.
+
+    Parameters
+    ----------
+    left, right
+        Ends of the band, None for no limit. A negative end lies on the other side of the query, so that a band may
+        leave out the query's own position: it holds the keys k with ``-left <= k - q <= right``.
+
+    Raises
+    ------
+    SpecError
+        If an end is no int, or the band ends before it begins.
 
     Examples
     --------
     >>> band(None, 0), band(8, None)
     (causal(), band(8, None))
+
+    Everything but the last four keys up to the query:
+
+    >>> band(None, -5)
+    band(None, -5)
     """
     return Full() if left is None and right is None else Band(left, right)

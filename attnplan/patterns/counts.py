@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from attnplan.errors import SpecError
 from attnplan.patterns.base import Array, Pattern, Shape
-from attnplan.patterns.sums import Conjunction, Point, head_sum
+from attnplan.patterns.indicators import indicator
+from attnplan.patterns.sums import Point, head_sum
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,8 +31,9 @@ class Table:
 def count_pairs(pattern: Pattern, shape: Shape) -> int:
     """Return the exact number of (batch, head, query, key) pairs that a pattern without runtime operands contains.
 
-    Intersections of bands, segments, dilations and head ranges have a closed form. For anything else each query row is
-    cut where membership may change, in O(rows) memory; ``mask(fn)`` is asked key by key and takes O(n^2) time.
+    Bands, segments, dilations, ranges of heads, sinks, global tokens and known documents have closed forms, and so have
+    their combinations. For anything else each query row is cut where membership may change, in O(rows) memory;
+    ``mask(fn)`` is asked key by key and takes O(n^2) time.
 
     Raises
     ------
@@ -49,17 +51,15 @@ def count_pairs(pattern: Pattern, shape: Shape) -> int:
     if pattern.operands:
         names = ", ".join(sorted(pattern.operands))
         raise SpecError(f"the number of pairs of {pattern!r} depends on what arrives with the call ({names})")
-    conjunction = Conjunction.of(pattern)
-    closed = not conjunction.opaque
-    total = 0
-    for head, heads in _head_classes(pattern, shape.heads):
-        one = (
-            head_sum(conjunction, head, Point(), shape.shift, shape.seq_len, shape.kv_len) * shape.batch
-            if closed
-            else _count_rows(pattern, head, shape)
-        )
-        total += one * heads
-    return total
+    monomials = indicator(pattern)
+    closed = not any(condition.opaque for condition, _ in monomials)
+    count = _count_closed if closed else _count_rows
+    return sum(count(pattern, head, shape) * heads for head, heads in _head_classes(pattern, shape.heads))
+
+
+def _count_closed(pattern: Pattern, head: int, shape: Shape) -> int:
+    sizes = (shape.shift, shape.seq_len, shape.kv_len)
+    return shape.batch * sum(c * head_sum(part, head, Point(), *sizes) for part, c in indicator(pattern))
 
 
 def _head_classes(pattern: Pattern, heads: int) -> list[tuple[int, int]]:

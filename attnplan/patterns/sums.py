@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from math import gcd
 
 import attrs
@@ -21,6 +22,23 @@ from attnplan.patterns.segments import Dilated, Heads
 PRIME = 2**61 - 1
 MAX_CELLS = 1 << 20
 
+Span = tuple[int | None, int | None]
+"""Positions from the first up to, not including, the second; None is no limit."""
+EVERYWHERE: Span = (None, None)
+Range = tuple[int, int]
+"""A span with both ends."""
+
+
+def overlap(a: Span, b: Span) -> Span:
+    """Return the positions that lie in both spans."""
+    starts, stops = [n for n in (a[0], b[0]) if n is not None], [n for n in (a[1], b[1]) if n is not None]
+    return max(starts, default=None), min(stops, default=None)
+
+
+def clipped(span: Span, low: int, high: int) -> Range:
+    """Return the part of ``span`` from ``low`` to ``high``; where there is none it ends where it begins or before."""
+    return low if span[0] is None else max(low, span[0]), high if span[1] is None else min(high, span[1])
+
 
 @attrs.frozen(cache_hash=True)
 class Conjunction:
@@ -32,6 +50,12 @@ class Conjunction:
     heads: tuple[Heads, ...]
     opaque: frozenset[Pattern]
     """Conjuncts without a closed form; a proof carries them along unread."""
+    queries: Span = EVERYWHERE
+    """Positions of the queries."""
+    keys: Span = EVERYWHERE
+    """Positions of the keys."""
+    period: int = 1
+    """Query and key lie a multiple of it apart."""
 
     @classmethod
     def of(cls, pattern: Pattern) -> Conjunction:
@@ -119,9 +143,10 @@ class Point:
 
 @attrs.frozen
 class Cell:
-    """A block of query and key progressions with one stride, repeated along the diagonal.
+    """A block of query and key progressions with one stride, repeated along the diagonal, twice over.
 
-    Repetition t < count has queries ``q + t*step + i*stride`` for i < rows, and keys likewise.
+    Repetition (t, u) with t < count, u < residues has queries ``q + t*step + u*unit + i*stride`` for i < rows, and keys
+    likewise.
     """
 
     q: int
@@ -131,10 +156,12 @@ class Cell:
     stride: int = 1
     step: int = 0
     count: int = 1
+    unit: int = 0
+    residues: int = 1
 
     def sum(self, point: Point, left: int | None, right: int | None, shift: int) -> int:
         """Return the sum over the pairs inside the band, with exponents query position - shift and key position."""
-        if self.rows <= 0 or self.columns <= 0 or self.count <= 0:
+        if min(self.rows, self.columns, self.count, self.residues) <= 0:
             return 0
         ahead = self.q - self.k
         low = None if right is None else -((right + ahead) // self.stride)
@@ -143,10 +170,37 @@ class Cell:
         inner = _inner(point, x, y, self.rows, self.columns, low, high)
         start = point.power(point.x, self.q - shift) * point.power(point.y, self.k)
         repeat = 1
-        if self.count > 1:
-            both = point.reduce(point.x * point.y)
-            repeat = point.geometric(point.power(both, self.step), self.count)
+        for step, count in ((self.step, self.count), (self.unit, self.residues)):
+            if count > 1:
+                both = point.reduce(point.x * point.y)
+                repeat *= point.geometric(point.power(both, step), count)
         return point.reduce(point.reduce(start * repeat) * inner)
+
+    def congruent(self, period: int) -> Iterator[Cell]:
+        """Iterate over the cells of the pairs that lie a multiple of ``period`` apart.
+
+        Slot i meets slot j where ``i - j`` is ``ahead`` modulo some m. Residues of i whose progressions have equal
+        lengths follow one another, between the places where one of q or k has a slot fewer or j starts over.
+        """
+        common = gcd(self.stride, period)
+        if (self.k - self.q) % common or period == 1:
+            yield from () if period > 1 else (self,)
+            return
+        m = period // common
+        ahead = (self.k - self.q) // common * pow(self.stride // common, -1, m) % m
+        ends = {0, m, ahead, self.rows % m, (self.columns + ahead) % m}
+        for t, stop in pairwise(sorted(ends)):
+            j = (t - ahead) % m
+            yield attrs.evolve(
+                self,
+                q=self.q + t * self.stride,
+                k=self.k + j * self.stride,
+                rows=-((t - self.rows) // m),
+                columns=-((j - self.columns) // m),
+                stride=self.stride * m,
+                unit=self.stride,
+                residues=stop - t,
+            )
 
 
 @lru_cache(maxsize=4096)
@@ -161,34 +215,33 @@ def _progression(first: int, residue: int, stride: int, stop: int) -> tuple[int,
     return start, max(0, -(-(stop - start) // stride))
 
 
-def _piece(low: int, high: int, residue: int, stride: int, shift: int, seq_len: int, kv_len: int) -> Cell:
+def _piece(low: int, high: int, residue: int, stride: int, queries: Range, keys: Range) -> Cell:
     """Return the cell of the segment [low, high), cut to the positions that exist."""
-    q, rows = _progression(max(low, shift), residue, stride, min(high, shift + seq_len))
-    k, columns = _progression(max(low, 0), residue, stride, min(high, kv_len))
+    q, rows = _progression(max(low, queries[0]), residue, stride, min(high, queries[1]))
+    k, columns = _progression(max(low, keys[0]), residue, stride, min(high, keys[1]))
     return Cell(q, k, rows, columns, stride)
 
 
-def cells(dilated: Sequence[Dilated], offsets: Sequence[int], shift: int, seq_len: int, kv_len: int) -> Iterator[Cell]:
+def cells(dilated: Sequence[Dilated], offsets: Sequence[int], queries: Range, keys: Range) -> Iterator[Cell]:
     """Iterate over the cells of an intersection of segment patterns, for one head.
 
     Parameters
     ----------
     dilated, offsets
         The segment patterns and the head's offset in each.
-    shift
-        Position of query row 0.
-    seq_len, kv_len
-        Number of query rows and of keys.
+    queries, keys
+        First position of the queries and of the keys, and the position after the last. Keys are at 0 or after it.
     """
     if not dilated:
-        yield Cell(shift, 0, seq_len, kv_len)
+        yield Cell(queries[0], keys[0], queries[1] - queries[0], keys[1] - keys[0])
         return
     if len(dilated) > 1:
-        yield from _irregular_cells(dilated, offsets, shift, seq_len, kv_len)
+        yield from _irregular_cells(dilated, offsets, queries, keys)
         return
     (part,), (offset,) = dilated, offsets
     length, rate = part.length, part.rate
-    first, last = max(shift, 0), min(shift + seq_len, kv_len)
+    # A segment between the two holds no query or no key beyond them; whole ones lie inside, ragged ones hold an end.
+    first, last = max(queries[0], keys[0]), min(queries[1], keys[1])
     whole, end = -(-first // length), last // length
     if end > whole:
         start, rows = _progression(whole * length, whole * length + offset, rate, (whole + 1) * length)
@@ -197,14 +250,12 @@ def cells(dilated: Sequence[Dilated], offsets: Sequence[int], shift: int, seq_le
     if last % length:
         ragged.add(last // length)
     for t in sorted(ragged):
-        yield _piece(t * length, (t + 1) * length, t * length + offset, rate, shift, seq_len, kv_len)
+        yield _piece(t * length, (t + 1) * length, t * length + offset, rate, queries, keys)
 
 
-def _irregular_cells(
-    dilated: Sequence[Dilated], offsets: Sequence[int], shift: int, seq_len: int, kv_len: int
-) -> Iterator[Cell]:
+def _irregular_cells(dilated: Sequence[Dilated], offsets: Sequence[int], queries: Range, keys: Range) -> Iterator[Cell]:
     """Walk over the pieces between segment boundaries of any of several patterns."""
-    first, last = max(shift, 0), min(shift + seq_len, kv_len)
+    first, last = max(queries[0], keys[0]), min(queries[1], keys[1])
     if sum((last - first) // part.length + 2 for part in dilated) > MAX_CELLS:
         raise SpecError(
             f"{' & '.join(map(repr, dilated))} cuts {last - first} positions into over {MAX_CELLS} irregular pieces; "
@@ -217,7 +268,7 @@ def _irregular_cells(
             [(low // part.length * part.length + o, part.rate) for part, o in zip(dilated, offsets, strict=True)]
         )
         if merged is not None and high > first:
-            yield _piece(low, high, *merged, shift, seq_len, kv_len)
+            yield _piece(low, high, *merged, queries, keys)
         low = high
 
 
@@ -235,15 +286,38 @@ def _intersect(progressions: Iterable[tuple[int, int]]) -> tuple[int, int] | Non
 
 def head_sum(conjunction: Conjunction, head: int, point: Point, shift: int, seq_len: int, kv_len: int) -> int:
     """Return the sum of ``x^row y^key`` over the pairs of one head, its opaque conjuncts left aside."""
+    return range_sum(conjunction, head, point, (shift, shift + seq_len), (0, kv_len), shift)
+
+
+def range_sum(conjunction: Conjunction, head: int, point: Point, queries: Range, keys: Range, shift: int) -> int:
+    """Return the sum of ``x^row y^key`` over the pairs of one head whose positions lie in two ranges.
+
+    Parameters
+    ----------
+    conjunction
+        The pairs; its opaque conjuncts are left aside.
+    queries, keys
+        First position, and the position after the last.
+    shift
+        Position of query row 0.
+    """
     if not conjunction.admits(head):
         return 0
-    return _offset_sum(conjunction, conjunction.offsets(head), point, shift, seq_len, kv_len)
+    return _offset_sum(conjunction, conjunction.offsets(head), point, queries, keys, shift)
 
 
 @lru_cache(maxsize=8192)
 def _offset_sum(
-    conjunction: Conjunction, offsets: tuple[int, ...], point: Point, shift: int, seq_len: int, kv_len: int
+    conjunction: Conjunction, offsets: tuple[int, ...], point: Point, queries: Range, keys: Range, shift: int
 ) -> int:
     """Return the sum for one head; heads with one offset share it."""
-    pieces = cells(conjunction.dilated, offsets, shift, seq_len, kv_len)
-    return point.reduce(sum(p.sum(point, conjunction.left, conjunction.right, shift) for p in pieces))
+    pieces = cells(
+        conjunction.dilated, offsets, clipped(conjunction.queries, *queries), clipped(conjunction.keys, *keys)
+    )
+    return point.reduce(
+        sum(
+            cell.sum(point, conjunction.left, conjunction.right, shift)
+            for piece in pieces
+            for cell in piece.congruent(conjunction.period)
+        )
+    )

@@ -66,6 +66,16 @@ SMALL: Mapping[str, AttentionSpec] = {
     "segment-holds-all-more-queries": _spec(P.segments(32) & P.dilated(64, 3), 18, 2, kv_len=17),
     "segment-whole": _spec(P.segments(40), 12, 2),
     "segment-exact": _spec(P.segments(20) & P.dilated(20, 2), 17, 2, kv_len=20),
+    "longformer": _spec(P.window(3) | P.global_tokens(2), 17, 4, kv_heads=2),
+    "longformer-scattered": _spec(P.window(4, 1) | P.global_tokens([0, 7, 8]), 15, 2, kv_len=18),
+    "streaming": _spec((P.window(4) | P.sinks(2)) & P.padding(), 17, 2, causal=True, batch=2, softcap=5.0),
+    "streaming-more-queries": _spec(P.window(4) | P.sinks(2), 17, 2, kv_len=12, causal=True),
+    "bigbird": _spec(P.window(2) | P.segments(6) | P.global_tokens(4), 23, 2),
+    "window-or-dilated": _spec(P.window(3) | P.dilated(8, 2, offset="interleave"), 21, 3, causal=True),
+    "window-and-gap": _spec(P.dilated(9, 2) & ~P.window(2, 3), 24, 2, kv_len=27),
+    "union-complement": _spec(~(P.window(3) | P.sinks(2) | P.global_tokens([5])), 15, 2),
+    "documents-or-tokens": _spec(P.documents([4, 6, 7]) & (P.window(2) | P.sinks(3)) | P.heads(0, 1), 17, 2),
+    "heads-and-tokens": _spec(P.heads(0, 2) & P.window(2) | P.heads(2, 6) & P.sinks(3), 13, 6, kv_heads=3),
     "q-offset": _spec(P.longnet([4, 8], [1, 2]), 6, 3, kv_len=24, causal=True, q_offset=True),
     "q-offset-few-heads": _spec(P.grouped([4, 8, 12], [1, 2, 3], mix="mean"), 6, 2, kv_len=20, q_offset=True),
 }
@@ -77,6 +87,7 @@ LARGE: Mapping[str, AttentionSpec] = {
         P.longnet([2048 << i for i in range(5)], [1 << i for i in range(5)]), _BIG, 16, kv_heads=4, causal=True
     ),
     "million-grouped": _spec(P.grouped([1000, 4096, 30_000], [1, 3, 6], mix="mean"), _BIG, 8, kv_len=_BIG + 77),
+    "million-longformer": _spec(P.window(512) | P.global_tokens(64) | P.dilated(4096, 8), _BIG, 8, kv_heads=2),
     "million-window": _spec(P.window(4096) & P.padding(), _BIG, 8, kv_heads=2, dropout=0.1, precision="tf32"),
 }
 """Specs that are proved only."""
