@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from attnplan.patterns import Pattern, full
-from attnplan.patterns.base import And
 from attnplan.patterns.counts import Table
+from attnplan.patterns.operands import static_part
 from attnplan.spec import AttentionSpec
 
 TILES = 8
@@ -57,15 +56,3 @@ def _positions(draw: Any, length: int, axis: int) -> Any:
 def _shade(share: float) -> str:
     steps = (0.0, 0.04, 0.25, 0.75, 0.999)
     return SHADES[sum(share > step for step in steps)]
-
-
-def static_part(pattern: Pattern) -> Pattern:
-    """Return the pattern without the conditions whose data arrives with the call."""
-    if not pattern.operands:
-        return pattern
-    if isinstance(pattern, And):
-        kept: Pattern = full()
-        for term in pattern.terms:
-            kept = kept & static_part(term)
-        return kept
-    return full()

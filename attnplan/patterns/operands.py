@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+from operator import and_
 from typing import TYPE_CHECKING
 
 import attrs
 
 from attnplan.errors import SpecError
-from attnplan.patterns.base import Array, Pattern, Shape, digest, require, require_int
+from attnplan.patterns.bands import full
+from attnplan.patterns.base import And, Array, Pattern, Shape, digest, require, require_int
 
 if TYPE_CHECKING:
     import numpy as np
@@ -164,3 +167,20 @@ def padding(lengths: Sequence[int] | None = None) -> Pattern:
     (padding(), padding([5, 8]))
     """
     return Padding(_frozen_lengths(lengths, "padding", 0))
+
+
+def static_part(pattern: Pattern) -> Pattern:
+    """Return the pattern without the conditions whose data arrives with the call.
+
+    Examples
+    --------
+    >>> from attnplan.patterns import window
+    >>> static_part(window(2) & documents())
+    window(2)
+    """
+    if not pattern.operands:
+        return pattern
+    if isinstance(pattern, And):
+        kept = [term for term in map(static_part, pattern.terms) if term != full()]
+        return reduce(and_, kept) if kept else full()
+    return full()
