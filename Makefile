@@ -35,6 +35,8 @@ mutants: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python -m bench.spine --json bench/results/spine-cpu.json
 	$(BIN)/python -m bench.dilated --json bench/results/dilated-cpu.json
+	$(BIN)/python -m bench.sparse --json bench/results/sparse-cpu.json
+	$(BIN)/python -m bench.rule_of_thumb --json bench/results/rule-of-thumb.json --docs docs/migration.md
 
 lm: $(VENV)/.ready
 	$(BIN)/python -m examples.longnet_lm.train

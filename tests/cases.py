@@ -55,6 +55,23 @@ CASES: Mapping[str, Case] = {
     "mask of heads": _case(P.mask(lambda h, q, k: (q + 2 * k + h) % 3 != 0), causal=True),
     "complement": _case(~P.window(3)),
     "heads apart": _case(P.heads(0, 3) & P.window(4) | P.heads(3, 4), causal=True),
+    # sparse tiles and chunks
+    "long causal window": _case(P.window(5), seq_len=67, causal=True, kv_heads=2),
+    "window, fewer queries": _case(P.window(6, 2), seq_len=41, kv_len=83, kv_heads=1),
+    "window, more queries": _case(P.window(6, 2), seq_len=83, kv_len=41),
+    "far band": _case(P.band(9, -3), seq_len=61),
+    "longformer": _case(P.window(4) | P.global_tokens(3), seq_len=61, kv_heads=2),
+    "streaming": _case(P.window(4) | P.sinks(2), seq_len=61, causal=True),
+    "bigbird": _case(P.bigbird(4, 3, 1, 2), seq_len=61),
+    "random blocks": _case(P.random_blocks(0.2, 5), seq_len=61, kv_heads=2, causal=True),
+    "layout per head": _case(P.blocks("10/11|01/11|00/10|11/01", 19), kv_heads=2),
+    "strided window": _case(P.window(3) | P.strided(7), seq_len=61, causal=True),
+    "neighborhood": _case(P.neighborhood(5), seq_len=61),
+    "neighborhood on a grid": _case(P.neighborhood(3, shape=[6, 8]), seq_len=48, kv_heads=2),
+    "neighborhood in a volume": _case(P.neighborhood([3, 2, 3], shape=[4, 4, 6], causal=[True, False, False]), 96),
+    "runtime documents in a window": _case(
+        P.documents() & P.window(9), seq_len=61, causal=True, operands={"documents": torch.tensor([0, 5, 5, 40, 61])}
+    ),
     # segments and dilation
     "segments": _case(P.segments(8)),
     "causal segments": _case(P.segments(8), causal=True),

@@ -62,8 +62,9 @@ def _price_node(node: Node, setting: Setting, device: Device) -> OpCost:
     efficiency = setting.kernel.efficiency * _fill(node, setting, device)
     compute = max(flop_seconds / efficiency, exp_seconds)
     launch = cost.launches * device.launch
-    bound = max((compute, "compute"), (byte_seconds, "memory"), (launch, "launch"))[1]
-    seconds = max(compute, byte_seconds) + launch
+    copying = cost.copied / device.bandwidth
+    bound = max((compute, "compute"), (byte_seconds + copying, "memory"), (launch, "launch"))[1]
+    seconds = max(compute, byte_seconds) + launch + copying
     ideal = max(flop_seconds, byte_seconds)
     return OpCost(node.id, cost, seconds, bound, ideal / seconds if seconds else 0.0)
 

@@ -7,10 +7,12 @@ from math import prod
 
 import attrs
 
+from attnplan.cost.tiles import attend_tiles
 from attnplan.errors import PassError
 from attnplan.ir import Attend, Graph, Input, Merge, Mix, Node, Op, Output, RowMap, Take
 from attnplan.ir.launch import fold
-from attnplan.ir.slots import slot_condition
+from attnplan.ir.native import Window, lowered
+from attnplan.ir.slots import mask_rows, slot_condition
 from attnplan.spec import AttentionSpec
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -30,6 +32,8 @@ class Cost:
     """Bytes moved between devices."""
     launches: int = 0
     """Kernels or operators started."""
+    copied: float = 0.0
+    """Bytes moved by operators before and after the kernel, which no arithmetic hides."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(a + b for a, b in zip(attrs.astuple(self), attrs.astuple(other), strict=True)))
@@ -51,6 +55,8 @@ class KernelModel:
     """Columns of the tiles that are computed whole along the causal diagonal."""
     masks: bool = True
     """Whether the kernel takes an arbitrary mask."""
+    native: frozenset[str] = frozenset()
+    """What the kernel does by itself, in the words of :mod:`attnplan.ir.native`."""
 
 
 @attrs.frozen
@@ -94,8 +100,11 @@ def mask_bytes(node: Node, setting: Setting) -> int:
     """Return the bytes of the masks that an attend needs: boolean, and added to scores in the dtype of q."""
     op, (q, k) = node.op, (setting.graph[a].type.rows for a in node.args[:2])
     assert isinstance(op, Attend)
-    if slot_condition(op, q, k) != "mask":
+    if op.tile is not None:  # the table, and the masks of one batch of tiles
+        return attend_tiles(op, q, k, setting.spec) * 40 + 2**20
+    if slot_condition(op, q, k) != "mask" or lowered(setting.graph, node, setting.kernel.native) is not None:
         return 0
+    q, k = mask_rows(op, q, k)
     per_row = any(a.row for a in q.batch)
     per_head = op.where.head_key(0) != () and any(a.head for a in q.batch)
     batch = setting.batch if op.where.operands & {"documents", "key_padding"} else 1
@@ -142,11 +151,17 @@ def _attend(node: Node, setting: Setting) -> Cost:
     assert isinstance(op, Attend)
     q, k, v = (setting.graph[a] for a in node.args)
     rows, columns = q.type.rows.length, k.type.rows.length
-    condition = slot_condition(op, q.type.rows, k.type.rows)
+    if op.tile is not None:
+        return _tiled_attend(node, setting)
+    condition: str = slot_condition(op, q.type.rows, k.type.rows)
+    native = lowered(setting.graph, node, kernel.native) if condition == "mask" else None
     padded = -(-rows // kernel.tile) * kernel.tile * columns if rows >= kernel.tile else rows * columns
     visited: float = padded
     if condition == "causal" and kernel.skips_causal:
         visited = rows * (columns + min(kernel.causal_tile, columns)) / 2
+    if native is not None:
+        condition = "native"
+        visited = min(padded, window_pairs(rows, columns, native.window) + rows * kernel.causal_tile)
     blocks = prod(a.size for a in q.type.rows.batch) * setting.batch
     moved = sum(value_bytes(n, setting) for n in (q, k, v, node)) + 3 * mask_bytes(node, setting)
     if kernel.materialises:
@@ -156,6 +171,48 @@ def _attend(node: Node, setting: Setting) -> Cost:
         exps=blocks * visited,
         bytes=moved,
         launches=1 + 4 * (condition == "mask") + 4 * kernel.materialises,
+    )
+
+
+def window_pairs(rows: int, columns: int, window: Window) -> int:
+    """Return the number of pairs in a window that is aligned to the last of some rows and the last of some columns.
+
+    Examples
+    --------
+    >>> window_pairs(4, 4, (None, 0)), window_pairs(3, 5, (1, 1)), window_pairs(5, 3, (None, 0))
+    (10, 8, 6)
+    """
+
+    def keys_before(offset: int) -> int:  # the sum over rows i of i + offset, cut to 0..columns
+        first, last = (min(max(n, 0), rows) for n in (-offset, columns - offset))
+        return (first + last - 1 + 2 * offset) * (last - first) // 2 + (rows - last) * columns
+
+    shift = columns - rows
+    left, right = (rows + columns if n is None else n for n in window)
+    return keys_before(shift + right + 1) - keys_before(shift - left)
+
+
+def _tiled_attend(node: Node, setting: Setting) -> Cost:
+    """Price an attend over tiles: each tile's keys are gathered, and most of its mask is made anew in each call."""
+    op = node.op
+    assert isinstance(op, Attend)
+    assert op.tile is not None
+    q, k, v = (setting.graph[a] for a in node.args)
+    kept = attend_tiles(op, q.type.rows, k.type.rows, setting.spec) * setting.batch
+    pairs, heads = kept * op.tile[0] * op.tile[1], prod(q.type.rows.sizes[:-1])
+    gathered = 3 * kept * op.tile[1] * (k.type.features + v.type.features) * setting.item
+    masks = 4 * pairs / heads * (1 + setting.item)
+    if "blocks" in setting.kernel.native:
+        gathered = masks = 0
+    permuted = 2 * sum(value_bytes(n, setting) for n in (q, k, v, node)) if op.boxes else 0
+    return Cost(
+        flops=2 * pairs * (q.type.features + v.type.features),
+        exps=pairs,
+        bytes=sum(value_bytes(n, setting) for n in (q, k, v, node)),
+        copied=gathered + masks + permuted,
+        launches=1
+        if "blocks" in setting.kernel.native
+        else 20 + int(20 * pairs / heads * (k.type.features + v.type.features) / 2**22 / op.tile[0]),
     )
 
 
@@ -201,7 +258,8 @@ def backward_cost(node: Node, setting: Setting) -> Cost:
     """Return the cost of one node in the backward pass: five matrix products for two, and gradients moved twice."""
     forward = forward_cost(node, setting)
     if isinstance(node.op, Attend):
-        return Cost(2.5 * forward.flops, forward.exps, 2.5 * forward.bytes, 0.0, 2 * forward.launches + 6)
+        launches = 2 * forward.launches + 6
+        return Cost(2.5 * forward.flops, forward.exps, 2.5 * forward.bytes, 0.0, launches, 2 * forward.copied)
     if isinstance(node.op, Take):
         return forward
     return Cost()

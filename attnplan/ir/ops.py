@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import ClassVar
 
 import attrs
@@ -10,6 +11,7 @@ import attrs
 from attnplan.errors import PassError
 from attnplan.ir.rows import Axis, RowMap
 from attnplan.patterns import Pattern, full
+from attnplan.patterns.grids import Neighborhood
 
 SHORT_DTYPES = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
@@ -115,8 +117,16 @@ class Attend(Op):
     softcap: float | None = None
     dropout: float = 0.0
     precision: str = "ieee"
+    tile: tuple[int, int] | None = None
+    """(queries, keys) of the tiles that are run one by one, the empty ones left out; None runs all pairs at once."""
+    boxes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    """Boxes of queries and of keys on the grid of a neighbourhood, in whose order the rows are cut into tiles."""
 
     def infer(self, types: Sequence[TensorType]) -> TensorType:
+        _need(self.tile is None or (len(self.tile) == 2 and min(self.tile) > 0), self, f"tile {self.tile} is no tile")
+        _need(
+            self.boxes is None or self._boxes_fit(), self, f"boxes {self.boxes} do not tile the grid of {self.where!r}"
+        )
         _need(len(types) == 3, self, f"takes q, k and v, got {len(types)} operands")
         q, k, v = types
         _need((q.tensor, k.tensor, v.tensor) == ("q", "k", "v"), self, f"got {q.tensor}, {k.tensor}, {v.tensor}")
@@ -126,6 +136,12 @@ class Attend(Op):
         for a, b in zip(q.rows.batch, k.rows.batch, strict=True):
             _need(b.size in (1, a.size), self, f"batch axes do not broadcast: {q.rows.sizes} and {k.rows.sizes}")
         return TensorType("o", q.rows, v.features, q.dtype, lse=True)
+
+    def _boxes_fit(self) -> bool:
+        grid = self.where.shape if isinstance(self.where, Neighborhood) else None
+        if grid is None or self.boxes is None or self.tile != tuple(prod(b) for b in self.boxes):
+            return False
+        return all(len(b) == len(grid) and all(n % m == 0 for n, m in zip(grid, b, strict=True)) for b in self.boxes)
 
 
 def _same_kind(op: Op, types: Sequence[TensorType]) -> None:

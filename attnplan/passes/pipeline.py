@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from itertools import takewhile
+from collections.abc import MutableMapping
 
 import attrs
 
@@ -34,13 +33,16 @@ class Step:
         return self.rewrite.name
 
 
+Memo = MutableMapping[tuple[Graph, Pass], Step]
+
+
 @attrs.frozen
 class Pipeline:
     """Passes that run in order. A reviewed tuple: there is no solver that orders them."""
 
     passes: tuple[Pass, ...]
 
-    def run(self, graph: Graph, expected: Coverage, known: Sequence[Step] = ()) -> tuple[Graph, tuple[Step, ...]]:
+    def run(self, graph: Graph, expected: Coverage, memo: Memo | None = None) -> tuple[Graph, tuple[Step, ...]]:
         """Rewrite ``graph``, checking after every pass that it is well typed and covers ``expected``.
 
         Parameters
@@ -49,8 +51,9 @@ class Pipeline:
             The naive graph.
         expected
             The coverage of the spec.
-        known
-            Steps of another pipeline on the same graph; those of a common beginning are taken over.
+        memo
+            Steps that have run for this spec, by the graph that they got and the pass; new ones are added. A pass is a
+            function of its graph, so pipelines share what they have in common.
 
         Raises
         ------
@@ -59,14 +62,15 @@ class Pipeline:
         VerifyError
             If a pass changes what is computed.
         """
-        steps = [
-            step
-            for step, _ in takewhile(lambda pair: pair[0].rewrite == pair[1], zip(known, self.passes, strict=False))
-        ]
-        if not steps:
+        memo = {} if memo is None else memo
+        if not memo:
             _verify(graph, expected, "lowering")
-        for rewrite in self.passes[len(steps) :]:
-            steps.append(_step(rewrite, steps[-1].graph if steps else graph, expected))
+        steps: list[Step] = []
+        for rewrite in self.passes:
+            key = (steps[-1].graph if steps else graph, rewrite)
+            if key not in memo:
+                memo[key] = _step(rewrite, key[0], expected)
+            steps.append(memo[key])
         return (steps[-1].graph if steps else graph), tuple(steps)
 
 

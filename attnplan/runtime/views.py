@@ -62,7 +62,8 @@ def rows_if_any(x: Tensor | None, head: int, row: int, axes: Axes) -> Tensor | N
 def add_rows(total: Tensor, part: Tensor, head: int = 0, row: int = 0, axes: Axes = ()) -> None:
     """Add ``part`` ``[B, *sizes, D]`` to some rows of ``total`` ``[B, H, S, D]``, or to all without axes, in place.
 
-    Axes that show the same rows again are summed first: an in-place sum must not touch an element twice.
+    Axes that show the same rows again are summed first: an in-place sum must not touch an element twice. The last axis
+    moves over rows only.
     """
     if not axes:
         total.add_(part)
@@ -71,7 +72,11 @@ def add_rows(total: Tensor, part: Tensor, head: int = 0, row: int = 0, axes: Axe
     if again:
         part = part.sum(dim=again, keepdim=True)
     once = [(1 if i in again else n, h, r) for i, (n, h, r) in enumerate(axes, start=1)]
-    rows(total, head, row, once).add_(part)
+    *outer, (count, _, step) = once
+    apart = min((r // step for n, h, r in outer if n > 1 and h == 0 and step <= r < count * step), default=count)
+    for start in range(0, count, apart):  # chunks that overlap are added slab by slab, each of which does not
+        stop = min(start + apart, count)
+        rows(total, head, row + start * step, (*outer, (stop - start, 0, step))).add_(part[..., start:stop, :])
 
 
 def empty_like_rows(q: Tensor, features: int, dtype: torch.dtype) -> Tensor:
@@ -97,6 +102,24 @@ def widened(x: Tensor) -> Tensor:
     return x.to(accumulator(x.dtype))
 
 
+_ALIGNED = 16
+"""Bytes of one load of a CUDA kernel."""
+
+
 def with_features_in_line(x: Tensor) -> Tensor:
-    """Return ``x``, or a copy if its features do not lie side by side: kernels read them as if they did, unchecked."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """Return ``x``, or a copy if its features do not lie side by side, or its rows where no CUDA kernel can load them.
+
+    Kernels do not check: FlashAttention-2 faults on rows that are not aligned to 16 bytes, cuDNN returns wrong numbers.
+    """
+    if x.stride(-1) != 1:
+        return x.contiguous()
+    if not x.is_cuda or _is_aligned(x):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    size = x.element_size()
+    offset = 0 if torch.compiler.is_compiling() else x.storage_offset()  # a trace does not know it
+    starts = [offset, *(step for step, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1)]
+    return all(start * size % _ALIGNED == 0 for start in starts)

@@ -6,10 +6,14 @@ from collections.abc import Mapping
 
 from attnplan.errors import PassError, SpecError, VerifyError
 from attnplan.lower import lower
-from attnplan.passes import Canonicalize, FuseMerge, Lattice, Pass, SplitHeads
+from attnplan.passes import BlockSparse, Canonicalize, Decompose, FuseMerge, Lattice, Pass, SplitHeads
 
 PIPELINES: Mapping[str, tuple[Pass, ...]] = {
     "usual": (Canonicalize(), SplitHeads(), Lattice(), FuseMerge()),
+    "decomposed": (Canonicalize(), SplitHeads(), Decompose(), Lattice(), FuseMerge()),
+    "chunked": (Canonicalize(), SplitHeads(), Decompose(), Lattice(), BlockSparse((8, 4), 4), FuseMerge()),
+    "chunks-alone": (Canonicalize(), BlockSparse((4, 4), 3)),
+    "decompose-alone": (Decompose(), FuseMerge()),
     "unsplit": (Canonicalize(), FuseMerge()),
     "unfused": (Canonicalize(), SplitHeads(), Lattice()),
     "lattice-alone": (Canonicalize(), Lattice(), FuseMerge()),

@@ -1,0 +1,43 @@
+"""How many tiles an attend over tiles runs."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import attrs
+
+from attnplan.ir import Attend, RowMap
+from attnplan.patterns import Pattern, documents, full
+from attnplan.patterns.grids import Neighborhood
+from attnplan.patterns.operands import static_part
+from attnplan.spec import AttentionSpec
+
+DOCUMENTS = 8
+
+
+def _equal_documents(length: int) -> Pattern:
+    count = min(DOCUMENTS, length)
+    return documents([length // count + (i < length % count) for i in range(count)])
+
+
+@lru_cache(maxsize=1024)
+def attend_tiles(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec) -> int:
+    """Return the number of tiles that an attend runs, in all heads of one batch element.
+
+    What calls will bring is not known when a plan is priced: ``documents()`` counts as :data:`DOCUMENTS` of equal
+    length, padding and query offsets leave out nothing.
+    """
+    from attnplan.patterns.tiles import Grid, kept_tiles  # numpy is needed only here
+
+    assert op.tile is not None
+    if op.boxes is not None:
+        from attnplan.patterns.tiles.boxes import kept_boxes
+
+        assert isinstance(op.where, Neighborhood)
+        return kept_boxes(op.where, *op.boxes) * (q.elements_count // q.length)
+    shape = spec.shape
+    grid = Grid(q.row + (shape.shift if op.shift is None else op.shift), q.length, k.row, k.length, op.tile)
+    where = static_part(op.where) if op.shift is not None else full()
+    if "documents" in op.where.operands:
+        where = where & _equal_documents(shape.kv_len)
+    return kept_tiles(where, attrs.evolve(shape, batch=1), grid, [head for _, head in q.batch_heads()])
