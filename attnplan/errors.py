@@ -33,6 +33,10 @@ class NoBackendError(AttnPlanError):
     """Every backend refused; the message lists each with its reasons."""
 
 
+class KernelError(AttnPlanError, RuntimeError):
+    """A kernel of another library failed in a call; the message says which, on what, and how."""
+
+
 class RingError(AttnPlanError):
     """Something about distributed execution is missing, mismatched or broken."""
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import attrs
 
 from attnplan.backends import Backend, Schedule, registry
-from attnplan.cost import Prediction, Target, price
+from attnplan.cost import Device, Prediction, Target, price
 from attnplan.errors import MemoryBudgetError, NoBackendError, SpecError, did_you_mean
 from attnplan.ir import Graph
-from attnplan.ir.coverage import spec_coverage
+from attnplan.ir.coverage import Coverage, spec_coverage
 from attnplan.lower import lower
-from attnplan.passes import Canonicalize, FuseMerge, Lattice, Pipeline, SplitHeads, Step
+from attnplan.passes import BlockSparse, Canonicalize, Decompose, FuseMerge, Lattice, Pass, Pipeline, SplitHeads, Step
+from attnplan.passes.pipeline import Memo
 from attnplan.spec import AttentionSpec
 from attnplan.units import format_bytes
 
@@ -21,12 +22,38 @@ STRATEGIES: Mapping[str, Pipeline] = {
     "naive": Pipeline(()),
     "dense": Pipeline((Canonicalize(), SplitHeads(), FuseMerge())),
     "lattice": Pipeline((Canonicalize(), SplitHeads(), Lattice(), FuseMerge())),
+    "blocks": Pipeline((Canonicalize(), SplitHeads(), BlockSparse(), FuseMerge())),
+    "decompose": Pipeline((Canonicalize(), SplitHeads(), Decompose(), Lattice(), BlockSparse(), FuseMerge())),
 }
 """Legal pipelines.
 
 ``dense`` attends over whole rows, masked where a kernel does not know the pattern; ``lattice`` takes segments and
-dilation apart; ``naive`` is the lowering itself, which only the reference runs.
+dilation apart; ``blocks`` runs the tiles of the mask that hold pairs, or a band as overlapping chunks; ``decompose``
+cuts set unions into disjoint parts, each of which the others take up; ``naive`` is the lowering itself, which only the
+reference runs. Where a schedule has no tiles, ``block-sparse`` is left out.
 """
+
+
+Tiling = tuple[tuple[int, int], int | None]
+"""Tile (queries, keys) and chunk of a schedule; without a chunk it runs bands whole."""
+
+
+def pipelines(tiling: Tiling | None) -> dict[str, Pipeline]:
+    """Return the pipelines for a schedule with tiles of this size; without tiles there is no ``blocks``."""
+    sized = {name: Pipeline(tuple(_sized(p.passes, tiling))) for name, p in STRATEGIES.items()}
+    first = {pipeline: name for name, pipeline in reversed(sized.items())}
+    return {name: pipeline for name, pipeline in sized.items() if first[pipeline] == name}
+
+
+def _sized(passes: tuple[Pass, ...], tiling: Tiling | None) -> Iterator[Pass]:
+    for one in passes:
+        if not isinstance(one, BlockSparse):
+            yield one
+        elif tiling is not None:
+            yield BlockSparse(*tiling)
+
+
+_NONE: Mapping[tuple[str, str, str], str] = {}
 
 
 @attrs.frozen
@@ -36,6 +63,8 @@ class Lowered:
     strategy: str
     graph: Graph
     steps: tuple[Step, ...]
+    also: tuple[str, ...] = ()
+    """Other strategies that leave the same graph."""
 
 
 @attrs.frozen
@@ -66,23 +95,56 @@ class Found:
     """Every candidate: the accepted ones by predicted time, then the refused."""
 
 
-@lru_cache(maxsize=64)
-def lowerings(spec: AttentionSpec) -> tuple[Lowered, ...]:
-    """Return the spec lowered by each strategy; one that leaves the same graph as an earlier one is left out."""
-    expected = spec_coverage(spec)
-    naive = lower(spec)
+@lru_cache(maxsize=128)
+def lowerings(spec: AttentionSpec, tiling: Tiling | None = None) -> tuple[Lowered, ...]:
+    """Return the spec lowered by each strategy; one that leaves the same graph as an earlier one is named there.
+
+    ``tiling`` is that of the schedule, None if it has no tiles.
+    """
     found: list[Lowered] = []
-    for name, pipeline in STRATEGIES.items():
-        graph, steps = pipeline.run(naive, expected, known=found[-1].steps if found else ())
-        if all(graph != other.graph for other in found if other.strategy != "naive"):
+    for name, pipeline in pipelines(tiling).items():
+        graph, steps = pipeline.run(*_start(spec), _memo(spec))
+        same = [i for i, other in enumerate(found) if graph == other.graph and other.strategy != "naive"]
+        if same:
+            found[same[0]] = attrs.evolve(found[same[0]], also=(*found[same[0]].also, name))
+        else:
             found.append(Lowered(name, graph, steps))
     return tuple(found)
 
 
+def lowerings_clear() -> None:
+    """Forget every lowered spec."""
+    lowerings.cache_clear()
+    _start.cache_clear()
+    _memo.cache_clear()
+
+
+@lru_cache(maxsize=64)
+def _start(spec: AttentionSpec) -> tuple[Graph, Coverage]:
+    """Return the naive graph of a spec, and what every graph for it has to cover."""
+    return lower(spec), spec_coverage(spec)
+
+
+@lru_cache(maxsize=64)
+def _memo(spec: AttentionSpec) -> Memo:
+    """Return the passes that have run for a spec, shared by its pipelines at every size of tiles."""
+    return {}
+
+
 def search(
-    spec: AttentionSpec, target: Target, backend: str = "auto", strategy: str = "auto", max_memory: int | None = None
+    spec: AttentionSpec,
+    target: Target,
+    backend: str = "auto",
+    strategy: str = "auto",
+    max_memory: int | None = None,
+    *,
+    deterministic: bool = False,
+    failed: Mapping[tuple[str, str, str], str] = _NONE,
 ) -> Found:
     """Price every candidate and return the cheapest.
+
+    With ``deterministic`` only schedules that repeat bit for bit are candidates; what ``failed`` in a call is none,
+    for the reason given there.
 
     Raises
     ------
@@ -97,7 +159,7 @@ def search(
         raise SpecError(f"unknown strategy {strategy!r}{did_you_mean(strategy, [*STRATEGIES, 'auto'])}")
     if backend != "auto":
         registry().get(backend)
-    options = list(_options(spec, target, backend, strategy))
+    options = list(_options(spec, target, backend, strategy, deterministic=deterministic, failed=failed))
     budget = target.device.memory if max_memory is None else max_memory
     fitting = [o for o in options if o[3].prediction and o[3].prediction.peak_bytes <= budget]
     refused = [_over_budget(o[3], budget, max_memory) for o in options if o not in fitting]
@@ -114,21 +176,71 @@ def candidates(spec: AttentionSpec, target: Target) -> tuple[Candidate, ...]:
     return tuple(sorted(found, key=lambda c: c.prediction.seconds if c.prediction else float("inf")))
 
 
+def every_way(spec: AttentionSpec, target: Target) -> Iterator[tuple[Candidate, Found | None]]:
+    """Iterate over every candidate, and what :class:`~attnplan.plan.Plan` needs to run it; None if it is refused.
+
+    Unlike in a search, a backend that runs only when it is asked for by name is asked.
+    """
+    for name in registry().backends:
+        for lowered, backend, schedule, option in _options(spec, target, name, "auto"):
+            if backend.name == name:
+                candidate = option
+                if option.prediction and option.prediction.peak_bytes > target.device.memory:
+                    candidate = _over_budget(option, target.device.memory, None)
+                found = None if candidate.reasons else Found(lowered, option, backend, schedule, (option,))
+                yield candidate, found
+
+
+Choice = tuple[str, str, str]
+"""(strategy, backend, schedule)."""
 Option = tuple[Lowered, Backend, Schedule, Candidate]
 
 
-def _options(spec: AttentionSpec, target: Target, backend: str, strategy: str) -> Iterator[Option]:
-    for lowered in lowerings(spec):
-        for name, candidate_backend in registry().backends.items():
-            if candidate_backend.naive != (lowered.strategy == "naive"):
-                continue
-            for schedule in candidate_backend.schedules(target.device):
-                reasons = [*candidate_backend.availability(target)]
-                reasons += _pinned(lowered.strategy, name, candidate_backend, backend, strategy)
-                reasons += candidate_backend.refuse(lowered.graph, spec, schedule, target.device)
-                prediction = None if reasons else price(lowered.graph, spec, schedule.kernel, target.device)
-                candidate = Candidate(lowered.strategy, name, schedule.name, prediction, tuple(reasons))
-                yield lowered, candidate_backend, schedule, candidate
+def _options(
+    spec: AttentionSpec,
+    target: Target,
+    backend: str,
+    strategy: str,
+    *,
+    deterministic: bool = False,
+    failed: Mapping[Choice, str] = _NONE,
+) -> Iterator[Option]:
+    for name in STRATEGIES:
+        for candidate_backend in registry().backends.values():
+            if candidate_backend.naive == (name == "naive"):
+                for schedule in candidate_backend.schedules(target.device):
+                    lowered = {x.strategy: x for x in lowerings(spec, schedule.tiling)}.get(name)
+                    if lowered is not None:
+                        if strategy in lowered.also:
+                            lowered = attrs.evolve(lowered, strategy=strategy)
+                        more = [*_more(lowered.strategy, candidate_backend, schedule, deterministic, failed)]
+                        yield _option(spec, target, lowered, candidate_backend, schedule, (backend, strategy), more)
+
+
+def _more(
+    strategy: str, backend: Backend, schedule: Schedule, deterministic: bool, failed: Mapping[Choice, str]
+) -> Iterator[str]:
+    if deterministic and not schedule.deterministic:
+        yield "deterministic=True was asked for, and it is not known to repeat bit for bit"
+    if (strategy, backend.name, schedule.name) in failed:
+        yield failed[strategy, backend.name, schedule.name]
+
+
+def _option(
+    spec: AttentionSpec,
+    target: Target,
+    lowered: Lowered,
+    backend: Backend,
+    schedule: Schedule,
+    pins: tuple[str, str],
+    more: Sequence[str] = (),
+) -> Option:
+    reasons = [*backend.missing(schedule, target), *more]
+    reasons += _pinned(lowered.strategy, backend.name, backend, *pins)
+    reasons += backend.refuse(lowered.graph, spec, schedule, target.device)
+    prediction = None if reasons else price(lowered.graph, spec, schedule.kernel, target.device)
+    candidate = Candidate(lowered.strategy, backend.name, schedule.name, prediction, tuple(reasons))
+    return lowered, backend, schedule, candidate
 
 
 def _pinned(has_strategy: str, name: str, candidate: Backend, backend: str, strategy: str) -> Iterator[str]:
@@ -138,6 +250,12 @@ def _pinned(has_strategy: str, name: str, candidate: Backend, backend: str, stra
         yield f"backend={backend!r} was asked for"
     if backend == "auto" and not candidate.automatic:
         yield f"runs only when asked for by backend={name!r}"
+
+
+def without_schedules(device: Device) -> dict[str, str]:
+    """Return the backends that have nothing for a device, each with that as its reason."""
+    none = [b.name for b in registry().backends.values() if not b.schedules(device)]
+    return dict.fromkeys(none, f"has no schedule for {device.name}, a {device.kind} device")
 
 
 def _over_budget(candidate: Candidate, budget: int, max_memory: int | None) -> Candidate:
@@ -162,5 +280,6 @@ def _nothing_fits(
         enough = f"{-(-need // 2**10)} KiB"  # rounded up, so that what is proposed works
         return MemoryBudgetError(f"{what}, budget {format_bytes(max_memory)}; {smaller}, or max_memory={enough!r}")
     lines = [f"  {c.name}: {'; '.join(c.reasons)}" for c in refused]
+    lines += [f"  {name}: {reason}" for name, reason in without_schedules(target.device).items()]
     lines += [f"  {name}: {reason}" for name, reason in registry().broken.items()]
     return NoBackendError(f"no backend can run this on {target.device.name}:\n" + "\n".join(lines))

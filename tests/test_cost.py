@@ -227,6 +227,7 @@ def test_the_cpu_that_is_here_says_where_its_figures_come_from():
 
 # -------------------------------------------------------------------------------------------------------- refusals
 
+GPUS = ("gtx1080", "t4", "v100", "a100", "rtx4090", "h100", "b200")
 REFUSABLE = {
     "causal": {"causal": True},
     "longnet": {"pattern": P.longnet([512, 1024], [1, 2]), "causal": True},
@@ -235,19 +236,39 @@ REFUSABLE = {
     "odd heads": {"head_dim": 36},
     "softcap and value_dim": {"softcap": 30.0, "value_dim": 32},
     "dropout and tf32": {"dropout": 0.1, "precision": "tf32"},
+    "200 features": {"head_dim": 200},
+    "documents, grouped queries": {"pattern": P.documents() & P.window(64, 8), "kv_heads": 2},
+    "longformer": {"pattern": P.window(128) | P.global_tokens(16)},
+    "whole blocks": {"pattern": P.random_blocks(0.1, 256, 0)},
+    "partial blocks": {"pattern": P.random_blocks(0.1, 100, 0)},
+    "one key": {"seq_len": 4, "kv_len": 1},
 }
+
+
+def said(spec, device):
+    """Return a line for each reason, with every way that it refuses, and one for what is accepted."""
+    found = {}
+    for candidate in sorted(candidates(spec, resolve(device)), key=lambda c: c.name):
+        for reason in candidate.reasons or ("accepts",):
+            ways = found.setdefault((f"{candidate.backend} ({candidate.schedule})", reason), [])
+            ways.append(candidate.strategy)
+    accepted = [f"{way}: {', '.join(names)}" for (way, reason), names in found.items() if reason == "accepts"]
+    refused = [f"  {way}: {reason}" for way, reason in found if reason != "accepts"]
+    return ["  accepts " + "; ".join(accepted), *refused]
 
 
 def test_refusals_read_as_reviewed(golden):
     lines = []
-    for device in ("cpu-2core", "gtx1080", "t4", "v100", "a100", "h100"):
-        for dtype in ("bfloat16", "float16", "float32"):
+    for device in ("cpu-2core", *GPUS):
+        old = device in ("gtx1080", "t4", "v100")
+        for dtype in ("float16" if old else "bfloat16", "float32"):
             for name, options in REFUSABLE.items():
                 spec = AttentionSpec(**{"seq_len": 4096, "heads": 8, "head_dim": 64, "dtype": dtype, **options})
-                lines.append(f"# {name}, {dtype}, {device}")
-                for candidate in sorted(candidates(spec, resolve(device)), key=lambda c: c.name):
-                    says = candidate.reasons or ("accepts",)
-                    lines += [f"{candidate.name:<28} {reason}" for reason in says]
+                lines += [f"# {name}, {dtype}, {device}", *said(spec, device)]
+    lines += [
+        "# full, bfloat16, gtx1080",
+        *said(AttentionSpec(seq_len=64, heads=8, head_dim=64, dtype="bfloat16"), "gtx1080"),
+    ]
     golden("refusals", "\n".join(lines) + "\n")
 
 
@@ -255,6 +276,7 @@ def test_backends_declare_schedules_for_every_kind_of_device():
     for backend in registry().backends.values():
         for device in catalogue().values():
             schedules = backend.schedules(device)
-            assert len({s.name for s in schedules}) == len(schedules) > 0
+            assert len({s.name for s in schedules}) == len(schedules)
+            assert schedules or device.kind == "cpu", "what needs a GPU has none for a CPU"
             assert all(0 < s.kernel.efficiency <= 1 and s.title for s in schedules)
     json.dumps({b.name: b.versions() for b in registry().backends.values()})

@@ -74,16 +74,17 @@ def provide(monkeypatch):
 
 
 HERE = __name__
+BUILT_IN = ["eager", "xformers", "flash", "compiled", "reference"]
 
 
 def test_the_built_in_backends_come_first(provide):
-    assert list(provide().backends) == ["eager", "reference"]
+    assert list(provide().backends) == BUILT_IN
     assert provide() is registry()
 
 
 def test_a_backend_of_another_package_is_chosen_and_runs(provide):
     found = provide(point("quick", f"{HERE}:Quick"))
-    assert list(found.backends) == ["eager", "reference", "quick"]
+    assert list(found.backends) == [*BUILT_IN, "quick"]
     assert found.broken == {}
     plan = attnplan.compile(SPEC, backend="quick")
     assert (plan.backend, plan.schedule) == ("quick", "warp")
@@ -115,7 +116,7 @@ def test_the_reasons_of_another_package_are_listed(provide):
 )
 def test_an_entry_point_that_fails_is_reported_and_not_raised(provide, value, reason):
     found = provide(point("bad", value), point("quick", f"{HERE}:Quick"))
-    assert list(found.backends) == ["eager", "reference", "quick"], "the others still load"
+    assert list(found.backends) == [*BUILT_IN, "quick"], "the others still load"
     assert list(found.broken) == ["bad"]
     assert attnplan.compile(SPEC)
     with pytest.raises(NoBackendError, match=f"bad: entry point of quick-attention failed: {reason}"):

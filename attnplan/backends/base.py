@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -48,6 +49,30 @@ class Schedule:
     name: str
     kernel: KernelModel = attrs.field(eq=False)
     title: str = ""
+    tile: tuple[int, int] | None = None
+    """(queries, keys) of the tiles in which it runs sparse masks; None if it runs whole masks only."""
+    chunk: int | None = 128
+    """Queries of the chunks in which it runs bands; None if it leaves them whole."""
+    runs: str = ""
+    """Its kernel: a key of :data:`attnplan.runtime.kernels.KERNELS`; empty for plain torch."""
+    deterministic: bool = False
+    """Whether forward and backward repeat bit for bit, as a test has shown."""
+    tested: str = ""
+    """Where it has been run; empty if it never has."""
+    packages: tuple[str, ...] = ()
+    """The package that it needs beside those of its backend: any one of these, each the only thing it needs."""
+    modules: tuple[str, ...] = ()
+    """Modules that hold its kernel: the first that can be imported is used."""
+
+    @property
+    def tiling(self) -> tuple[tuple[int, int], int | None] | None:
+        """Tile and chunk, None if it has no tiles."""
+        return None if self.tile is None else (self.tile, self.chunk)
+
+    @property
+    def native(self) -> frozenset[str]:
+        """What its kernel does by itself: see :mod:`attnplan.ir.native`."""
+        return self.kernel.native
 
 
 @attrs.frozen(cache_hash=True)
@@ -62,6 +87,8 @@ class Backend:
     emitter: ClassVar[str]
     """Module with ``emit(graph, spec, schedule, device) -> Program``."""
     packages: ClassVar[tuple[str, ...]] = ("torch",)
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Packages of which it needs at least one, by schedule."""
     automatic: ClassVar[bool] = True
     """Whether ``backend="auto"`` may choose it."""
 
@@ -82,14 +109,50 @@ class Backend:
             return ()
         return tuple(f"package {name!r} is not installed" for name in self.packages if _version(name) is None)
 
+    def missing(self, schedule: Schedule, target: Target) -> tuple[str, ...]:
+        """Return :meth:`availability`, and why the package of one schedule is not usable on this machine.
+
+        The modules are imported, because a package that is installed may still not load: whatever it raises is the
+        reason.
+        """
+        reasons = self.availability(target)
+        if target.torch_device is None or reasons:
+            return reasons
+        if schedule.packages and all(_version(name) is None for name in schedule.packages):
+            return (f"package {' or '.join(map(repr, schedule.packages))} is not installed",)
+        failures = []
+        for module in schedule.modules:
+            failure = import_failure(module)
+            if failure is None:
+                return ()
+            failures.append(f"import of {module} failed: {failure}")
+        return tuple(failures)
+
     def versions(self) -> dict[str, str | None]:
         """Return the installed version of each package that the backend needs, None where it is missing."""
-        return {name: _version(name) for name in self.packages}
+        return {name: _version(name) for name in (*self.packages, *self.optional)}
 
     def emit(self, graph: Graph, spec: AttentionSpec, schedule: Schedule, device: str) -> Program:
         """Return the program that runs ``graph`` on a torch device."""
         program: Program = import_module(self.emitter).emit(graph, spec, schedule, device)
         return program
+
+
+@lru_cache(maxsize=64)
+def import_failure(module: str) -> str | None:
+    """Return why a module cannot be imported, None if it can.
+
+    Examples
+    --------
+    >>> import_failure("json")
+    >>> import_failure("no_such_module")
+    "ModuleNotFoundError: No module named 'no_such_module'"
+    """
+    try:
+        import_module(module)
+    except Exception as error:  # a package may raise anything while it loads
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _version(package: str) -> str | None:

@@ -7,8 +7,11 @@ from functools import lru_cache
 from importlib import metadata
 
 from attnplan.backends.base import Backend
+from attnplan.backends.compiled import Compiled
 from attnplan.backends.eager import Eager
+from attnplan.backends.flash import Flash
 from attnplan.backends.reference import Reference
+from attnplan.backends.xformers import XFormers
 from attnplan.errors import AttnPlanError, SpecError, did_you_mean
 
 GROUP = "attnplan.backends"
@@ -73,7 +76,7 @@ class Registry:
 def registry() -> Registry:
     """Return the registry of this process."""
     made = Registry()
-    for backend in (Eager(), Reference()):
+    for backend in (Eager(), XFormers(), Flash(), Compiled(), Reference()):
         made.register(backend)
     made.load_entry_points()
     return made

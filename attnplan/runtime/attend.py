@@ -9,16 +9,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnplan.ir.launch import fold
-from attnplan.runtime.kernels import KERNELS, softmax_attention
+from attnplan.ir.native import EVERYTHING, Window
+from attnplan.runtime.kernels import Native, softmax_attention
+from attnplan.runtime.kernels_all import KERNELS
+from attnplan.runtime.opaque import Opaque
+from attnplan.runtime.tables import BlockLists
+from attnplan.runtime.tiles import Tiles, attend_tiles, attend_tiles_backward
 
 _LSE_FEATURES = 8  # one would do; this keeps the feature count a multiple of what kernels like
-_WIDEST_ON_CUDA = 256
+Mask = Tensor | Tiles | BlockLists | None
 
 
 class _Folding:
     """Folds tensors ``[B, *axes, R, D]`` into ``[N, M, R, D]`` and back, as views where strides allow."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, groups: bool) -> None:
+        self.groups = groups
+        """Whether heads that share keys get one head of keys, not a view of it for each."""
         self.sizes = q.shape[:-2]
         broadcast = [[0 if n == 1 else s for n, s in zip(x.shape[:-2], x.stride(), strict=False)] for x in (k, v)]
         first, self.second = fold(self.sizes, [q.stride()[:-2], *broadcast]).groups
@@ -33,11 +40,13 @@ class _Folding:
         ordered = wide.permute(*self.order, *range(len(self.sizes), x.dim()))
         count = prod(self.sizes[a] for a in self.second)
         packed = ordered.reshape(prod(self.sizes[a] for a in self.first), 1 if shared else count, *tail)
-        return packed.expand(-1, count, *tail)
+        return packed if self.groups else packed.expand(-1, count, *tail)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """Unfold a kernel's result ``[N, M, ...]`` to ``[B, *axes, ...]``."""
-        unfolded = x.reshape(*(self.sizes[a] for a in self.order), *x.shape[2:])
+        """Unfold a kernel's result ``[N, M, ...]`` to ``[B, *axes, ...]``; what heads share stays so, with M == 1."""
+        count = prod(self.sizes[a] for a in self.second)
+        second = [1 if x.shape[1] != count else self.sizes[a] for a in self.second]
+        unfolded = x.reshape(*(self.sizes[a] for a in self.first), *second, *x.shape[2:])
         return unfolded.permute(
             *(self.order.index(a) for a in range(len(self.sizes))), *range(len(self.sizes), unfolded.dim())
         )
@@ -53,12 +62,42 @@ class _Unfolded:
     unpack = pack
 
 
-def _folding(q: Tensor, k: Tensor, v: Tensor) -> _Folding | _Unfolded:
-    return _Unfolded() if q.dim() == 4 else _Folding(q, k, v)
+def _folding(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> _Folding | _Unfolded:
+    return _Unfolded() if q.dim() == 4 else _Folding(q, k, v, KERNELS[kernel].groups)
+
+
+def native_of(mask: Mask, window: Window, softcap: float, documents: Tensor | None) -> Native:
+    """Return what a kernel is asked to do by itself."""
+    return Native(window, softcap, documents, mask if isinstance(mask, BlockLists) else None)
+
+
+def call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel: str,
+    causal: bool,
+    scale: float,
+    window: Window = EVERYTHING,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Return the output of one call of another package's kernel, which the package differentiates."""
+    one = KERNELS[kernel]
+    assert isinstance(one, Opaque)
+    return one.direct(q, k, v, causal, scale, native_of(None, window, softcap, None))
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    kernel: str,
+    causal: bool,
+    scale: float,
+    window: Window = EVERYTHING,
+    softcap: float = 0.0,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (output, LSE) of attention by one kernel.
 
@@ -67,15 +106,20 @@ def attend(
     q, k, v
         ``[B, *axes, R, D]``, ``[B, *axes, C, D]``, ``[B, *axes, C, Dv]``; axes of size 1 in k and v broadcast.
     mask
-        Booleans that broadcast to ``[B, *axes, R, C]``, True where a pair meets, or None.
+        Booleans that broadcast to ``[B, *axes, R, C]``, True where a pair meets; the tiles to run, or lists of whole
+        ones for kernels that skip tiles by themselves; or None.
     kernel
         A key of :data:`~attnplan.runtime.kernels.KERNELS`.
     causal
         Whether row i sees key j only for j <= i.
+    window, softcap, documents
+        What the kernel does by itself: see :class:`~attnplan.runtime.kernels.Native`.
     """
     if q.numel() == 0:
         return q.new_zeros((*q.shape[:-1], v.shape[-1])), _lse_zeros(q)
-    folding = _folding(q, k, v)
+    if isinstance(mask, Tiles):
+        return attend_tiles(q, k, v, mask, kernel, scale)
+    folding = _folding(q, k, v, kernel)
     out, lse = KERNELS[kernel].forward(
         folding.pack(q),
         folding.pack(k),
@@ -83,6 +127,7 @@ def attend(
         causal=causal,
         mask=_pack_mask(folding, mask, q, k),
         scale=scale,
+        native=native_of(mask, window, softcap, documents),
     )
     return folding.unpack(out), folding.unpack(lse)
 
@@ -95,10 +140,13 @@ def attend_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    mask: Tensor | None,
+    mask: Mask,
     kernel: str,
     causal: bool,
     scale: float,
+    window: Window = EVERYTHING,
+    softcap: float = 0.0,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v from the merged output and LSE of the rows (design: Gradients).
 
@@ -108,14 +156,36 @@ def attend_backward(
     if q.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     features, value_features = q.shape[-1], v.shape[-1]
-    if grad_lse is not None and not _has_room(q):
-        from_out = attend_backward(grad, None, q, k, v, out, lse, mask, kernel, causal, scale)
+    native = native_of(mask, window, softcap, documents)
+    if grad_lse is not None and not _has_room(q, kernel):
+        rest = (mask, kernel, causal, scale, window, softcap, documents)
+        from_out = attend_backward(grad, None, q, k, v, out, lse, *rest)
         grad, v, out = _lse_column_alone(grad, grad_lse, v)
-        from_lse = attend_backward(grad, None, q, k, v, out, lse, mask, kernel, causal, scale)
+        from_lse = attend_backward(grad, None, q, k, v, out, lse, *rest)
         return from_out[0] + from_lse[0], from_out[1] + from_lse[1], from_out[2]
     if grad_lse is not None:
         grad, q, k, v, out = _with_lse_column(grad, grad_lse, q, k, v, out)
-    folding = _folding(q, k, v)
+    if isinstance(mask, Tiles):
+        dq, dk, dv = attend_tiles_backward(grad, q, k, v, out, lse, mask, kernel, scale)
+    else:
+        dq, dk, dv = _kernel_backward(grad, q, k, v, out, lse, mask, kernel, causal, scale, native)
+    return dq[..., :features], dk[..., :features], dv[..., :value_features]
+
+
+def _kernel_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | BlockLists | None,
+    kernel: str,
+    causal: bool,
+    scale: float,
+    native: Native,
+) -> tuple[Tensor, Tensor, Tensor]:
+    folding = _folding(q, k, v, kernel)
     dq, dk, dv = KERNELS[kernel].backward(
         folding.pack(grad),
         folding.pack(q),
@@ -126,14 +196,18 @@ def attend_backward(
         causal=causal,
         mask=_pack_mask(folding, mask, q, k),
         scale=scale,
+        native=native,
     )
-    dk, dv = (_reduce_to(folding.unpack(g), x) for g, x in ((dk, k), (dv, v)))
-    return folding.unpack(dq)[..., :features], dk[..., :features], dv[..., :value_features]
+    return folding.unpack(dq), _reduce_to(folding.unpack(dk), k), _reduce_to(folding.unpack(dv), v)
 
 
-def _has_room(q: Tensor) -> bool:
+_EXACT_WIDTHS = frozenset({"fa4"})
+"""Kernels that take few widths of heads: a few features more would give wrong gradients."""
+
+
+def _has_room(q: Tensor, kernel: str) -> bool:
     """Return whether a kernel takes the features of ``q`` and those of the LSE's gradient beside them."""
-    return not q.is_cuda or q.shape[-1] + _LSE_FEATURES <= _WIDEST_ON_CUDA
+    return kernel not in _EXACT_WIDTHS and q.shape[-1] + _LSE_FEATURES <= KERNELS[kernel].widest
 
 
 def _with_lse_column(
@@ -157,8 +231,10 @@ def _lse_zeros(q: Tensor) -> Tensor:
     return q.new_zeros(q.shape[:-1], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
-def _pack_mask(folding: _Folding | _Unfolded, mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    return None if mask is None else folding.pack(mask.expand(*mask.shape[:-2], q.shape[-2], k.shape[-2]))
+def _pack_mask(folding: _Folding | _Unfolded, mask: Tensor | BlockLists | None, q: Tensor, k: Tensor) -> Tensor | None:
+    if not isinstance(mask, Tensor):
+        return None
+    return folding.pack(mask.expand(*mask.shape[:-2], q.shape[-2], k.shape[-2]))
 
 
 def _reduce_to(grad: Tensor, x: Tensor) -> Tensor:

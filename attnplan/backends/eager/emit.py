@@ -11,17 +11,23 @@ import torch.nn.functional as F
 from torch import fx
 
 from attnplan.backends.base import Program, Schedule
-from attnplan.backends.eager.places import Owner, Place, is_whole, owners, place
+from attnplan.backends.eager.places import Owner, Place, is_whole, keeps_rows, owners, place
 from attnplan.backends.eager.programs import DirectProgram, FusedProgram, PlainProgram
-from attnplan.ir import Attend, Axis, Graph, Merge, Mix, Node, RowMap, Take
+from attnplan.ir import Attend, Axis, Graph, Merge, Mix, Node, RowMap
+from attnplan.ir.native import EVERYTHING, lowered
 from attnplan.ir.ops import disjoint
-from attnplan.ir.slots import slot_condition
+from attnplan.ir.slots import mask_rows, slot_condition
 from attnplan.lower import lower
 from attnplan.runtime import attend as attends
 from attnplan.runtime import merge as merges
 from attnplan.runtime import views
 from attnplan.runtime.dropout import DropoutMask
+from attnplan.runtime.following import FollowingWindow
+from attnplan.runtime.kernels_all import KERNELS
 from attnplan.runtime.masks import FollowingCondition, MaskBuilder
+from attnplan.runtime.opaque import Opaque
+from attnplan.runtime.tables import BlockListBuilder
+from attnplan.runtime.tiles import TileBuilder
 from attnplan.spec import AttentionSpec
 
 Value = tuple[fx.Node, fx.Node | None]
@@ -33,12 +39,12 @@ def emit(graph: Graph, spec: AttentionSpec, schedule: Schedule, device: str) -> 
     A graph over whole rows of a spec with open lengths is emitted from its naive form, and decides at each call what
     its conditions mean at that length; a graph that takes rows apart is emitted for its own lengths.
     """
-    follow = not spec.is_static and not graph.of(Take)
-    emitter = Emitter(lower(spec) if follow else graph, spec, follow)
-    if schedule.name == "math":
+    follow = not spec.is_static and keeps_rows(graph)
+    emitter = Emitter(lower(spec) if follow else graph, spec, follow, schedule.native)
+    if not schedule.runs:
         module = emitter.plain()
         return PlainProgram(module, _source(module), follow)
-    kernel = f"flash-{device.partition(':')[0]}"
+    kernel = schedule.runs
     forward, backward = emitter.forward(kernel), emitter.backward(kernel)
     fused = FusedProgram(forward, backward, f"{_source(forward)}\n{_source(backward)}", follow)
     direct = emitter.direct(kernel)
@@ -58,11 +64,23 @@ def _pair(code: fx.Graph, pair: fx.Node, node_id: int) -> tuple[fx.Node, fx.Node
     return _named(code, getitem, (pair, 0), f"out_{node_id}"), _named(code, getitem, (pair, 1), f"lse_{node_id}")
 
 
+def _softcap(op: Attend) -> dict[str, Any]:
+    return {} if op.softcap is None else {"softcap": op.softcap}
+
+
+_OPERATORS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "flash-cuda": (torch.ops.aten._scaled_dot_product_flash_attention.default, ()),
+    "cudnn": (torch.ops.aten._scaled_dot_product_cudnn_attention.default, (None, True)),
+    "efficient": (torch.ops.aten._scaled_dot_product_efficient_attention.default, (None, True)),
+}
+"""Operators that are whole plans, and what stands between v and the dropout: no mask, and the LSE for the backward."""
+
+
 class Emitter:
     """Emits the forward, backward and plain programs of one graph."""
 
-    def __init__(self, graph: Graph, spec: AttentionSpec, follow: bool) -> None:
-        self.graph, self.spec, self.follow = graph, spec, follow
+    def __init__(self, graph: Graph, spec: AttentionSpec, follow: bool, native: frozenset[str] = frozenset()) -> None:
+        self.graph, self.spec, self.follow, self.native = graph, spec, follow, native
         self.owners = owners(graph)
         self.result = graph[graph.output.args[0]]
         self.saved = self._saved()
@@ -80,22 +98,26 @@ class Emitter:
         op, node = self.result.op, self.result
         if self.follow or not isinstance(op, Attend) or not is_whole(self.graph, node):
             return None
-        condition = slot_condition(op, *(n.type.rows for n in self.graph.args(node)[:2]))
-        if condition == "mask":
+        found = lowered(self.graph, node, self.native)
+        if found is None or found.documents or op.tile is not None:
             return None
+        grouped = self.spec.heads != self.spec.kv_heads
+        q_rows, k_rows = (n.type.rows.length for n in self.graph.args(node)[:2])
+        causal = found.window == (None, 0) and q_rows == k_rows
+        window = {} if causal or found.window == EVERYTHING else {"window": found.window}
         code = fx.Graph()
         q, k, v = (code.placeholder(name) for name in "qkv")
-        causal = condition == "causal"
-        if kernel == "flash-cpu":
-            options: dict[str, Any] = {
-                "is_causal": causal,
-                "scale": op.scale,
-                "enable_gqa": self.spec.heads != self.spec.kv_heads,
-            }
+        if isinstance(KERNELS[kernel], Opaque):
+            options = window | _softcap(op)
+            code.output(code.call_function(attends.call, (q, k, v, kernel, causal, op.scale), options))
+        elif kernel == "flash-cpu":
+            options = {"is_causal": causal, "scale": op.scale, "enable_gqa": grouped}
             code.output(code.call_function(F.scaled_dot_product_attention, (q, k, v), options))
+        elif window or (kernel == "efficient" and grouped):
+            return None
         else:
-            flash = torch.ops.aten._scaled_dot_product_flash_attention.default
-            call = code.call_function(flash, (q, k, v, 0.0, causal, False), {"scale": op.scale})
+            operator, between = _OPERATORS[kernel]
+            call = code.call_function(operator, (q, k, v, *between, 0.0, causal), {"scale": op.scale})
             code.output(code.call_function(getitem, (call, 0)))
         return fx.GraphModule({}, code, "Direct")
 
@@ -106,8 +128,8 @@ class Emitter:
 
         def one(node: Node, op: Attend) -> Value:
             q, k, v = self._rows(code, node, inputs)
-            mask, causal = self._condition(code, node, op, operands, inputs)
-            pair = code.call_function(attends.attend, (q, k, v, mask, kernel, causal, op.scale))
+            mask, causal, options = self._lowered(code, node, op, operands, inputs)
+            pair = code.call_function(attends.attend, (q, k, v, mask, kernel, causal, op.scale), options)
             return _pair(code, pair, node.id)
 
         values = self._values(code, inputs[0], one, (merges.merge, merges.weighted_sum))
@@ -127,7 +149,7 @@ class Emitter:
 
         def one(node: Node, op: Attend) -> Value:
             q, k, v = self._rows(code, node, inputs, views.gather)
-            mask, causal = self._condition(code, node, op, operands, inputs)
+            mask, causal = self._condition(code, node, op, operands, inputs, tiled=False)
             options = self._plain_options(code, node, op, operands, inputs)
             pair = code.call_function(attends.attend_plain, (q, k, v, mask, causal, op.scale), options)
             return _pair(code, pair, node.id)
@@ -146,10 +168,10 @@ class Emitter:
         pieces = []
         for node, op in self.graph.of(Attend):
             rows = self._rows(code, node, inputs)
-            mask, causal = self._condition(code, node, op, operands, inputs)
+            mask, causal, options = self._lowered(code, node, op, operands, inputs)
             flow = self._flow(code, node, self.owners[node.id], known, grad, grad_lse, inputs[0])
             args = (*flow[:2], *rows, *flow[2:], mask, kernel, causal, op.scale)
-            triple = code.call_function(attends.attend_backward, args)
+            triple = code.call_function(attends.attend_backward, args, options)
             pieces.append((node, [_named(code, getitem, (triple, i), f"d{n}_{node.id}") for i, n in enumerate("qkv")]))
         code.output(self._gradients(code, inputs, pieces))
         return fx.GraphModule(self.modules, code, "Backward")
@@ -176,12 +198,48 @@ class Emitter:
             made.append(_named(code, view, (whole, *place(arg.type.rows)), name) if viewed else whole)
         return made
 
-    def _condition(
+    def _lowered(
         self, code: fx.Graph, node: Node, op: Attend, operands: fx.Node, inputs: Sequence[fx.Node]
+    ) -> tuple[fx.Node | None, fx.Node | bool, dict[str, Any]]:
+        """Return (mask, tiles, lists of tiles or None; causal; what the kernel does by itself) of an attend."""
+        options = _softcap(op)
+        found = lowered(self.graph, node, self.native)
+        rows_q, rows_k = (n.type.rows for n in self.graph.args(node)[:2])
+        name = f"where_{node.id}"
+        if op.tile is not None and "blocks" in self.native:
+            heads = [head for _, head in rows_q.batch_heads()]
+            self.modules[name] = BlockListBuilder(op, rows_q, rows_k, self.spec.shape, heads)
+            return code.create_node("call_module", name, (operands, *inputs[:2])), False, options
+        if found is None or op.tile is not None or (self.follow and "mask" in self.native):
+            return *self._condition(code, node, op, operands, inputs), options
+        if found.documents:
+            options["documents"] = code.call_function(getitem, (operands, "documents"))
+        if self.follow:
+            self.modules[name] = FollowingWindow(op, self.spec.shape, self.native)
+            pair = code.create_node("call_module", name, (operands, *inputs[:2]))
+            options["window"] = code.call_function(getitem, (pair, 0))
+            return None, code.call_function(getitem, (pair, 1)), options
+        causal = found.window == (None, 0) and rows_q.length == rows_k.length and not found.documents
+        if not causal and found.window != EVERYTHING:
+            options["window"] = found.window
+        return None, causal, options
+
+    def _condition(
+        self,
+        code: fx.Graph,
+        node: Node,
+        op: Attend,
+        operands: fx.Node,
+        inputs: Sequence[fx.Node],
+        *,
+        tiled: bool = True,
     ) -> tuple[fx.Node | None, fx.Node | bool]:
-        """Return (mask or None, causal) of an attend, as nodes where they are found at the call."""
+        """Return (mask, tiles or None, causal) of an attend, as nodes where they are found at the call."""
         rows_q, rows_k = self._mask_rows(node)
         name = f"where_{node.id}"
+        if op.tile is not None and tiled:
+            self.modules[name] = self._tiles(node, op)
+            return code.create_node("call_module", name, (operands, *inputs[:2])), False
         if self.follow:
             self.modules[name] = FollowingCondition(op, rows_q, rows_k, self.spec.shape)
             pair = code.create_node("call_module", name, (operands, *inputs[:2]))
@@ -189,13 +247,19 @@ class Emitter:
         condition = slot_condition(op, *(n.type.rows for n in self.graph.args(node)[:2]))
         if condition != "mask":
             return None, condition == "causal"
+        rows_q, rows_k = mask_rows(op, rows_q, rows_k)
         self.modules[name] = MaskBuilder(op.where, rows_q, rows_k, op.shift, self.spec.shape)
         return code.create_node("call_module", name, (operands, *inputs[:2])), False
+
+    def _tiles(self, node: Node, op: Attend) -> TileBuilder:
+        rows_q, rows_k = (n.type.rows for n in self.graph.args(node)[:2])
+        group = self.spec.heads // self.spec.kv_heads if is_whole(self.graph, node) else 0
+        return TileBuilder(op, rows_q, rows_k, self.spec.shape, group)
 
     def _plain_options(
         self, code: fx.Graph, node: Node, op: Attend, operands: fx.Node, inputs: Sequence[fx.Node]
     ) -> dict[str, Any]:
-        options: dict[str, Any] = {} if op.softcap is None else {"softcap": op.softcap}
+        options = _softcap(op)
         if op.dropout:
             name = f"keep_{node.id}"
             self.modules[name] = DropoutMask(op.dropout, *self._mask_rows(node), follow=self.follow)

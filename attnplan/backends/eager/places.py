@@ -19,6 +19,11 @@ def is_whole(graph: Graph, node: Node) -> bool:
     return not any(isinstance(n.op, Take) for n in graph.args(node))
 
 
+def keeps_rows(graph: Graph) -> bool:
+    """Return whether nothing in a graph depends on its lengths: whole inputs, all pairs at once."""
+    return not graph.of(Take) and all(op.tile is None for _, op in graph.of(Attend))
+
+
 @attrs.frozen
 class Owner:
     """What the backward of one attend is called with.

@@ -24,7 +24,7 @@ class Reference(Backend):
     naive: ClassVar[bool] = True
 
     def schedules(self, device: Device) -> tuple[Schedule, ...]:
-        return (Schedule("float64", _KERNEL, "float64 interpreter, dense masks"),)
+        return (Schedule("float64", _KERNEL, "float64 interpreter, dense masks", deterministic=True, tested="CPU"),)
 
     def refuse(self, graph: Graph, spec: AttentionSpec, schedule: Schedule, device: Device) -> tuple[str, ...]:
         return ()

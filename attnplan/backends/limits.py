@@ -1,0 +1,140 @@
+"""Limits of kernels, and the reasons that follow from them. Without torch: nothing here asks a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import attrs
+
+from attnplan.cost import Device
+from attnplan.ir import Attend, Graph, Node, RowMap, Take
+from attnplan.ir.native import Lowered, lowered
+from attnplan.patterns import Shape
+from attnplan.spec import AttentionSpec
+
+HALF = ("float16", "bfloat16")
+TF32 = 'TF32 in torch is a process-wide flag that a plan must not change; use precision="ieee"'
+Capability = tuple[int, int]
+
+
+@attrs.frozen
+class Limits:
+    """What a kernel takes."""
+
+    title: str
+    least: Capability
+    """Smallest compute capability."""
+    most: Capability | None = None
+    """Largest compute capability."""
+    dtypes: tuple[str, ...] = HALF
+    widest: int = 256
+    """Most features of a head."""
+    multiple: int = 8
+    """What the features of a head must be a multiple of."""
+    widths: tuple[int, ...] = ()
+    """The only numbers of features of a head, if not all."""
+    equal: bool = True
+    """Whether the features of v must be as many as those of q."""
+
+
+def reasons(limits: Limits, native: frozenset[str], graph: Graph, spec: AttentionSpec, device: Device) -> Iterator[str]:
+    """Iterate over every reason why a kernel with these limits cannot run a graph."""
+    yield from _numerics(limits, native, spec, device)
+    yield from _sizes(limits, spec)
+    yield from conditions(limits.title, native, graph)
+
+
+def _numerics(limits: Limits, native: frozenset[str], spec: AttentionSpec, device: Device) -> Iterator[str]:
+    if not device.rate(spec.dtype):
+        yield f"{device.name} has no {spec.dtype}"
+    if spec.precision == "tf32" and device.kind == "cuda":
+        yield TF32
+    if spec.dropout:
+        yield f"{limits.title} draws dropout masks that depend on the plan, the spec has dropout={spec.dropout}"
+    if spec.softcap is not None and "softcap" not in native:
+        yield f"{limits.title} has no softcap, the spec has softcap={spec.softcap}"
+    if device.capability is not None and device.capability < limits.least:
+        yield f"{limits.title} needs compute capability {dotted(limits.least)}, {device.name} has {_of(device)}"
+    if device.capability is not None and limits.most is not None and device.capability > limits.most:
+        yield f"{limits.title} runs up to compute capability {dotted(limits.most)}, {device.name} has {_of(device)}"
+    if spec.dtype not in limits.dtypes:
+        yield f"{limits.title} takes {' and '.join(limits.dtypes)}, the spec has {spec.dtype}"
+
+
+def _sizes(limits: Limits, spec: AttentionSpec) -> Iterator[str]:
+    if limits.equal and spec.value_dim != spec.head_dim:
+        yield f"{limits.title} needs value_dim == head_dim, the spec has {spec.value_dim} and {spec.head_dim}"
+    if limits.widths and spec.head_dim not in limits.widths:
+        yield f"{limits.title} needs head_dim in {', '.join(map(str, limits.widths))}, the spec has {spec.head_dim}"
+        return
+    for name, size in {"head_dim": spec.head_dim, "value_dim": spec.value_dim}.items():
+        if name == "value_dim" and (limits.equal or size == spec.head_dim):
+            continue
+        if size > limits.widest:
+            yield f"{limits.title} needs {name} <= {limits.widest}, the spec has {size}"
+        if size % limits.multiple:
+            yield f"{limits.title} needs {name} to be a multiple of {limits.multiple}, the spec has {size}"
+
+
+def conditions(title: str, native: frozenset[str], graph: Graph) -> Iterator[str]:
+    """Yield why a kernel cannot express the first attend that it cannot."""
+    for node, op in graph.of(Attend):
+        if op.tile is not None and "blocks" in native:
+            why = _blocks_reason(graph, node)
+        elif op.tile is None and "mask" not in native and lowered(graph, node, native) is None:
+            why = "takes no mask"
+        else:
+            continue
+        if why:
+            yield (
+                f"{title} {why}, %{node.id} needs one for {op.where!r}" if why == "takes no mask" else f"{title} {why}"
+            )
+            return
+
+
+def found_documents(graph: Graph, native: frozenset[str]) -> list[Lowered]:
+    """Return the attends over documents that a kernel runs by itself."""
+    found = [lowered(graph, node, native) for node, op in graph.of(Attend) if op.tile is None]
+    return [x for x in found if x is not None and x.documents]
+
+
+def _blocks_reason(graph: Graph, node: Node) -> str:
+    op = node.op
+    assert isinstance(op, Attend)
+    if op.boxes is not None:
+        return f"takes tiles of neighbouring rows, %{node.id} has boxes of {op.boxes}"
+    if any(isinstance(n.op, Take) for n in graph.args(node)):
+        return f"skips tiles of whole inputs, %{node.id} runs on a part"
+    if op.where.operands or op.shift is None:
+        given = sorted(op.where.operands) or ["q_offset"]
+        return f"skips tiles that are known when the plan is made, %{node.id} depends on {', '.join(given)}"
+    q, k = (n.type.rows for n in graph.args(node)[:2])
+    kept, partial = tile_counts(op, q, k)
+    if partial:
+        tall, wide = op.tile or (0, 0)
+        return f"runs whole tiles, and {partial} of the {kept} that {op.where!r} keeps of {tall} x {wide} are partial"
+    return ""
+
+
+@lru_cache(maxsize=256)
+def tile_counts(op: Attend, q: RowMap, k: RowMap) -> tuple[int, int]:
+    """Return how many tiles an attend keeps, and how many of them are partial, one of each class of heads."""
+    from attnplan.patterns.tiles import Grid, block_table  # numpy is needed only here
+
+    assert op.tile is not None
+    assert op.shift is not None
+    heads = [head for _, head in q.batch_heads()]
+    shape = Shape(q.length, k.length, max(heads) + 1, 1)
+    grid = Grid(q.row + op.shift, q.length, k.row, k.length, op.tile)
+    table = block_table(op.where, shape, op.tile, grid=grid, heads=heads)
+    return len(table.column), int((~table.full).sum())
+
+
+def dotted(capability: Capability) -> str:
+    """Return a compute capability as people write it."""
+    return ".".join(map(str, capability))
+
+
+def _of(device: Device) -> str:
+    return dotted(device.capability or (0, 0))

@@ -1,0 +1,156 @@
+"""The operators of xformers 0.0.35, and of its successor package, behind the convention of :mod:`.kernels`.
+
+They take ``[B, S, H, D]`` and a bias object. Grouped heads become batches along which keys broadcast: their backward
+has no groups.
+
+References
+----------
+``xformers.ops.fmha`` 0.0.35; its successor ``mslk.attention.fmha`` has the same names.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnplan.ir.native import EVERYTHING
+from attnplan.runtime.kernels import Native, additive, blank_empty_rows
+from attnplan.runtime.kernels_sdpa import (
+    Groups,
+    boundaries,
+    empty_rows_above,
+    empty_rows_below,
+    packed,
+    packed_lse,
+    unpacked,
+    unpacked_lse,
+)
+from attnplan.runtime.opaque import Opaque
+
+MODULES = ("mslk.attention.fmha", "xformers.ops.fmha")
+_ALIGN = 16
+
+
+@lru_cache(maxsize=1)
+def fmha() -> Any:
+    """Return the module of the successor package, or of xformers."""
+    failures = []
+    for name in MODULES:
+        try:
+            return import_module(name)
+        except Exception as error:  # a package may raise anything while it loads
+            failures.append(f"{name}: {type(error).__name__}: {error}")
+    raise ImportError("; ".join(failures))
+
+
+class XFormers(Opaque):
+    """One pair of forward and backward operators."""
+
+    family = "xformers"
+    title = "xformers"
+
+    def __init__(self, name: str, forward: str, backward: str, widest: int) -> None:
+        super().__init__(name)
+        self.operators, self.widest = (forward, backward), widest
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, native: Native
+    ) -> tuple[Tensor, Tensor]:
+        heads = Groups(q, k)
+        batch = q.shape[0]
+        if native.documents is not None:
+            rows = [packed(x).unsqueeze(0) for x in (q, k, v)]
+        else:
+            rows = [x.transpose(1, 2) for x in (heads.queries(q), heads.keys(k), heads.keys(v))]
+        bias = self._bias(heads, q, k, mask, causal, native)
+        out, lse = fmha().memory_efficient_attention_forward_requires_grad(
+            *rows, bias, scale=scale, op=self._operator(0)
+        )
+        if native.documents is not None:
+            return unpacked(out[0], batch), empty_rows_below(unpacked_lse(lse[0], batch))
+        out, lse = heads.back(out.transpose(1, 2)), heads.back(lse[..., : q.shape[2]])
+        if mask is not None and mask.dtype == torch.bool:
+            out, lse = out.contiguous(), lse.contiguous()
+            blank_empty_rows(mask, out, lse)
+        return out, empty_rows_below(lse)
+
+    def run_backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        native: Native,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        heads = Groups(q, k)
+        batch = q.shape[0]
+        lse = empty_rows_above(lse)
+        bias = self._bias(heads, q, k, mask, causal, native)
+        if native.documents is not None:
+            grad, out, q, k, v = (packed(x).unsqueeze(0) for x in (grad, out, q, k, v))
+            given = (grad.contiguous(), out.contiguous(), packed_lse(lse).unsqueeze(0), q, k, v)
+        else:
+            spread = [heads.queries(x) for x in (grad, out, q)] + [heads.keys(x) for x in (k, v)]
+            grad, out, q, k, v = (x.transpose(1, 2) for x in spread)
+            given = (grad.contiguous(), out.contiguous(), heads.queries(lse).contiguous(), q, k, v)
+        found = fmha().memory_efficient_attention_backward(*given, bias, scale=scale, op=self._operator(1))
+        if native.documents is not None:
+            dq, dk, dv = (unpacked(x[0], batch) for x in found)
+            return dq, dk, dv
+        dq, dk, dv = (x.transpose(1, 2) for x in found)
+        return heads.back(dq), heads.reduce(dk), heads.reduce(dv)
+
+    def run_direct(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, native: Native) -> Tensor:
+        heads = Groups(q, k)
+        rows = [x.transpose(1, 2) for x in (heads.queries(q), heads.keys(k), heads.keys(v))]
+        bias = self._bias(heads, q, k, None, causal, native)
+        operators = (self._operator(0), self._operator(1))
+        out = fmha().memory_efficient_attention(*rows, attn_bias=bias, scale=scale, op=operators)
+        return heads.back(out.transpose(1, 2))
+
+    def _operator(self, which: int) -> Any:
+        return getattr(getattr(fmha(), self.operators[which]), ("FwOp", "BwOp")[which])
+
+    def _bias(self, heads: Groups, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, native: Native) -> Any:
+        kinds = fmha().attn_bias
+        left, right = native.window
+        if native.documents is not None:
+            return _documents(kinds, boundaries(native.documents, q.shape[0], q.shape[2]), q, causal, native)
+        if mask is not None:
+            return additive(heads.mask(mask), q.dtype, _ALIGN)
+        if causal:
+            return kinds.LowerTriangularMask()
+        if native.window == EVERYTHING:
+            return None
+        if right == 0:
+            if left is None:
+                return kinds.LowerTriangularFromBottomRightMask()
+            return kinds.LowerTriangularFromBottomRightLocalAttentionMask(left + 1)
+        whole = k.shape[2] + q.shape[2]
+        return kinds.LocalAttentionFromBottomRightMask(
+            window_left=whole if left is None else left, window_right=whole if right is None else right
+        )
+
+
+def _documents(kinds: Any, cu: Tensor, q: Tensor, causal: bool, native: Native) -> Any:
+    """Return the bias of packed documents. Its host copies of the boundaries stay empty: reading them would wait."""
+    left, right = native.window
+    info = kinds._SeqLenInfo(seqstart=cu, max_seqlen=q.shape[2], min_seqlen=0, seqstart_py=[])
+    if causal or native.window == (None, 0):
+        return kinds.BlockDiagonalCausalFromBottomRightMask(q_seqinfo=info, k_seqinfo=info)
+    if native.window == EVERYTHING:
+        return kinds.BlockDiagonalMask(q_seqinfo=info, k_seqinfo=info)
+    assert left is not None
+    assert right == 0
+    return kinds.BlockDiagonalCausalLocalAttentionFromBottomRightMask(
+        q_seqinfo=info, k_seqinfo=info, _window_size=left + 1
+    )

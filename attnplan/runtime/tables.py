@@ -1,0 +1,180 @@
+"""Block tables in the forms that kernels take: index lists, FlexAttention's ``BlockMask``, and block-sparse rows.
+
+Every conversion has an inverse that reads the states of tiles back: 0 empty, 1 partial, 2 full.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor
+
+from attnplan.ir import Attend, RowMap
+from attnplan.patterns import Shape
+from attnplan.patterns.tiles import BlockTable, Grid, block_table
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+_KEPT_LISTS = 4
+
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@attrs.frozen(eq=False)
+class Lists:
+    """Columns of the kept tiles of each row, in front; int32 ``[B or 1, H or 1, rows]`` and ``[..., rows, width]``.
+
+    The lists are as wide as the fullest row, and places behind a count hold 0.
+    """
+
+    partial_count: Tensor
+    partial_index: Tensor
+    full_count: Tensor
+    full_index: Tensor
+
+    def states(self, columns: int) -> Tensor:
+        """Return the state of every tile, int8 ``[B or 1, H or 1, rows, columns]``."""
+        shape = (*self.partial_count.shape, columns + 1)
+        found = torch.zeros(shape, dtype=torch.int8, device=self.partial_count.device)
+        for state, count, index in ((1, self.partial_count, self.partial_index), (2, self.full_count, self.full_index)):
+            there = torch.arange(index.shape[-1], device=index.device) < count.unsqueeze(-1)
+            found.scatter_(-1, torch.where(there, index, columns).long(), state)
+        return found[..., :columns]
+
+
+@attrs.frozen(eq=False)
+class BlockLists:
+    """The kept tiles of an attend, by tiles of queries for the forward and by tiles of keys for the backward."""
+
+    tile: tuple[int, int]
+    rows: Lists
+    columns: Lists
+
+
+def lists(states: np.ndarray, device: torch.device | str = "cpu") -> Lists:
+    """Return index lists of dense states ``[B, H, rows, columns]``; for tables of modest size.
+
+    Examples
+    --------
+    >>> found = lists(np.array([[[[2, 0, 1], [0, 0, 0]]]], dtype=np.int8))
+    >>> found.full_count.tolist(), found.full_index.tolist(), found.partial_index.tolist()
+    ([[[1, 0]]], [[[[0], [0]]]], [[[[2], [0]]]])
+    """
+    made: list[Tensor] = []
+    for state in (1, 2):
+        kept = states == state
+        count = kept.sum(-1)
+        width = max(1, int(count.max(initial=0)))
+        order = np.argsort(~kept, axis=-1, kind="stable")[..., :width]
+        index = np.where(np.arange(order.shape[-1]) < count[..., None], order, 0)
+        made += [torch.from_numpy(x.astype(np.int32)).to(device) for x in (count, index)]
+    return Lists(*made)
+
+
+def block_lists(table: BlockTable, device: torch.device | str = "cpu") -> BlockLists:
+    """Return the index lists of a table in both directions, for every (batch element, head).
+
+    Classes are expanded to heads; where all heads are of one class, their dimension has size 1 and broadcasts.
+    """
+    dense = np.stack([table.states(n) for n in range(int(table.classes.max()) + 1)])
+    classes = table.classes
+    if (classes == classes[:, :1]).all():
+        classes = classes[:, :1]
+    by_rows = lists(dense[classes], device)
+    by_columns = lists(np.swapaxes(dense, 1, 2)[classes], device)
+    return BlockLists(table.grid.tile, by_rows, by_columns)
+
+
+def to_block_mask(table: BlockTable, mask_mod: MaskFunction, device: torch.device | str = "cpu") -> BlockMask:
+    """Return FlexAttention's ``BlockMask`` of a table, made from index lists and not from a dense mask.
+
+    Parameters
+    ----------
+    table
+        Its tile becomes ``BLOCK_SIZE``.
+    mask_mod
+        ``(batch, head, query row, key row) -> bool``, which FlexAttention evaluates in partial tiles.
+
+    References
+    ----------
+    ``torch.nn.attention.flex_attention.BlockMask.from_kv_blocks``.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    made = block_lists(table, device).rows
+    width = max(made.partial_index.shape[-1], made.full_index.shape[-1])
+
+    def wide(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+
+    return BlockMask.from_kv_blocks(
+        made.partial_count,
+        wide(made.partial_index),
+        made.full_count,
+        wide(made.full_index),
+        BLOCK_SIZE=table.grid.tile,
+        mask_mod=mask_mod,
+        seq_lengths=(table.grid.queries, table.grid.keys),
+        compute_q_blocks=False,
+    )
+
+
+def from_block_mask(mask: BlockMask) -> Tensor:
+    """Return the states of the tiles of a ``BlockMask``, int8 ``[B, H, rows, columns]``."""
+    full_count, full_index = mask.full_kv_num_blocks, mask.full_kv_indices
+    if full_count is None or full_index is None:
+        full_count, full_index = torch.zeros_like(mask.kv_num_blocks), mask.kv_indices
+    found = Lists(mask.kv_num_blocks, mask.kv_indices, full_count, full_index)
+    return found.states(-(-mask.seq_lengths[1] // mask.BLOCK_SIZE[1]))
+
+
+def to_bsr(table: BlockTable, number: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return one class of a table as block-sparse rows: row pointers, columns, and which tiles are full.
+
+    Int32 ``[rows + 1]``, int32 ``[kept]`` and bool ``[kept]``, as FlashInfer's block-sparse wrapper takes the first
+    two.
+    """
+    first, last = number * table.grid.rows, (number + 1) * table.grid.rows
+    pointers = table.row_ptr[first : last + 1]
+    kept = slice(int(pointers[0]), int(pointers[-1]))
+    return (
+        torch.from_numpy((pointers - pointers[0]).astype(np.int32)),
+        torch.from_numpy(table.column[kept].astype(np.int32)),
+        torch.from_numpy(table.full[kept].copy()),
+    )
+
+
+def from_bsr(pointers: Tensor, columns: Tensor, full: Tensor, count: int) -> Tensor:
+    """Return the states of block-sparse rows, int8 ``[rows, count]``."""
+    found = torch.zeros((len(pointers) - 1, count), dtype=torch.int8)
+    rows = torch.repeat_interleave(torch.arange(len(pointers) - 1), pointers.diff().long())
+    found[rows, columns.long()] = torch.where(full, 2, 1).to(torch.int8)
+    return found
+
+
+class BlockListBuilder(torch.nn.Module):
+    """Builds the index lists of one attend over whole inputs, once for each device."""
+
+    def __init__(self, op: Attend, q: RowMap, k: RowMap, shape: Shape, heads: list[int]) -> None:
+        super().__init__()
+        self.op, self.q, self.k, self.shape, self.heads = op, q, k, shape, heads
+        self._kept: OrderedDict[torch.device, BlockLists] = OrderedDict()
+
+    def forward(self, operands: Mapping[str, Any], q: Tensor, k: Tensor) -> BlockLists:
+        """Return the lists on the device of ``q``."""
+        kept = self._kept.get(q.device)
+        if kept is None:
+            assert self.op.tile is not None
+            assert self.op.shift is not None
+            grid = Grid(self.q.row + self.op.shift, self.q.length, self.k.row, self.k.length, self.op.tile)
+            table = block_table(self.op.where, self.shape, self.op.tile, grid=grid, heads=self.heads)
+            kept = self._kept[q.device] = block_lists(table, q.device)
+            if len(self._kept) > _KEPT_LISTS:
+                self._kept.popitem(last=False)
+        return kept
