@@ -13,9 +13,10 @@ torch.Size([1, 4, 1024, 32])
 """
 
 from attnplan import patterns
-from attnplan.api import attention, cache_clear, compile  # noqa: A004
+from attnplan.api import attention, cache_clear, compile, load  # noqa: A004
 from attnplan.errors import (
     AttnPlanError,
+    KernelError,
     MemoryBudgetError,
     NoBackendError,
     PassError,
@@ -25,6 +26,7 @@ from attnplan.errors import (
 )
 from attnplan.plan import Plan
 from attnplan.spec import AttentionSpec, Dim
+from attnplan.tracing import compile_report
 
 __version__ = "0.1.0"
 
@@ -32,6 +34,7 @@ __all__ = [
     "AttentionSpec",
     "AttnPlanError",
     "Dim",
+    "KernelError",
     "MemoryBudgetError",
     "NoBackendError",
     "PassError",
@@ -42,5 +45,7 @@ __all__ = [
     "attention",
     "cache_clear",
     "compile",
+    "compile_report",
+    "load",
     "patterns",
 ]

@@ -11,7 +11,7 @@ from attnplan.spec import OPERANDS, AttentionSpec, Dim
 
 _LATER = {
     "sink_logits": "learnable sink logits need a kernel backend, which is not in this version",
-    "bias": "a bias on scores needs the compiled backend, which is not in this version",
+    "bias": "a bias on scores is not in this version",
 }
 
 _DECLARED_BY = {

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from attnplan.backends import Backend, Program, Schedule
 from attnplan.calls import check_call
 from attnplan.cost import Prediction, Target
-from attnplan.errors import RingError, SpecError
-from attnplan.ir import Graph
+from attnplan.errors import AttnPlanError, KernelError, MemoryBudgetError, NoBackendError, RingError, SpecError
+from attnplan.ir import Attend, Graph, Take
 from attnplan.passes import Step
-from attnplan.search import Candidate, Found, lowerings
+from attnplan.search import Candidate, Choice, Found, lowerings, search
 from attnplan.spec import AttentionSpec
+from attnplan.tracing import Traced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 _KEPT_PROGRAMS = 64
 
 
-class Plan:
+class Plan(Traced):
     """A chosen way to run a spec. Made by :func:`attnplan.compile`; call it with q, k and v.
 
     Attributes
@@ -43,7 +46,16 @@ class Plan:
         ``seconds`` and ``peak_bytes`` of one call.
     """
 
-    def __init__(self, spec: AttentionSpec, target: Target, found: Found, pins: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        target: Target,
+        found: Found,
+        pins: Mapping[str, Any],
+        *,
+        strict: bool = False,
+        deterministic: bool = False,
+    ) -> None:
         self.spec = spec
         self.target = target
         self.device = target.device
@@ -56,6 +68,7 @@ class Plan:
         assert found.candidate.prediction is not None
         self.predicted: Prediction = found.candidate.prediction
         self.pins = dict(pins)
+        self.strict, self.deterministic = strict, deterministic
         self._backend: Backend = found.backend
         self._schedule: Schedule = found.schedule
         self._programs: OrderedDict[tuple[int, int], Program] = OrderedDict()
@@ -64,6 +77,11 @@ class Plan:
         self._seen: tuple[Any, ...] = (None,) * 5
         self._always_check = bool(spec.operands)
         self._swapped = spec.layout == "bshd"
+        self._has_lse = spec.has_lse
+        self._follows: bool | None = None
+        self._next: Plan | None = None
+        self._failed: dict[Choice, str] = {}
+        self._expose()
 
     @property
     def program(self) -> Program:
@@ -74,9 +92,10 @@ class Plan:
     def _program_at(self, seq_len: int, kv_len: int) -> Program:
         """Return the program that runs calls of these lengths, emitted on first use."""
         with self._lock:
-            if self._program is None and (self.spec.is_static or not _takes(self.graph)):
-                program = self._emit(self.spec, self.graph)
-                if self.spec.is_static or program.follows_lengths:
+            if self._program is None and self._follows is None:
+                program = self._emit(self.spec, self.graph) if self.spec.is_static or not _takes(self.graph) else None
+                self._follows = program is not None and (self.spec.is_static or program.follows_lengths)
+                if self._follows:
                     self._program = program
             if self._program is not None:
                 return self._program
@@ -91,9 +110,8 @@ class Plan:
     def _specialised(self, seq_len: int, kv_len: int) -> Program:
         """Emit the program for the lengths of one call of a spec with open lengths."""
         here = self.spec.at(seq_len, kv_len)
-        lowered = {x.strategy: x for x in lowerings(here)}
-        # a strategy that changes nothing at these lengths is listed once, under the first name
-        return self._emit(here, lowered.get(self.strategy, lowered["dense"]).graph)
+        lowered = {name: x for x in lowerings(here, self._schedule.tiling) for name in (x.strategy, *x.also)}
+        return self._emit(here, lowered[self.strategy].graph)
 
     def _emit(self, spec: AttentionSpec, graph: Graph) -> Program:
         device = self.target.torch_device or self.device.kind
@@ -147,20 +165,80 @@ class Plan:
             If a tensor or operand does not fit the spec: the message says which, what it got and what it needs.
         NoBackendError
             If the plan is for hardware that is not here.
+        KernelError
+            If a kernel of another package fails and no other candidate may take over: the backend was pinned, the plan
+            is ``strict``, or nothing else can run. Otherwise a ``RuntimeWarning`` names both.
         """
+        from torch.compiler import is_compiling
+
+        if is_compiling():
+            return self._traced(q, k, v, return_lse, operands)
         if self._always_check or operands or return_lse or not self._seen_before(q, k, v):
             self._check_call(q, k, v, return_lse, operands)
         swapped = self._swapped
         if swapped:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        program = self._program or self._program_at(q.shape[2], k.shape[2])
-        out, lse = program(q, k, v, operands, return_lse)
+        if self._next is None:
+            program = self._program or self._program_at(q.shape[2], k.shape[2])
+            try:
+                out, lse = program(q, k, v, operands, return_lse)
+            except RuntimeError as error:
+                out, lse = self._instead(self._reported(error, q, k, v))._run(q, k, v, operands, return_lse)
+        else:
+            out, lse = self._next._run(q, k, v, operands, return_lse)
         if swapped:
             out = out.transpose(1, 2)
         if not return_lse:
             return out
         assert lse is not None
         return out, lse
+
+    def _run(
+        self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run on q, k, v in ``[B, H, S, D]``, by the next candidate again if this one fails too."""
+        try:
+            return self._program_at(q.shape[2], k.shape[2])(q, k, v, operands, return_lse)
+        except RuntimeError as error:
+            return self._instead(self._reported(error, q, k, v))._run(q, k, v, operands, return_lse)
+
+    def _reported(self, error: RuntimeError, q: Tensor, k: Tensor, v: Tensor) -> KernelError:
+        """Return what a kernel raised with backend, schedule and shapes; raise what is no kernel's fault."""
+        if isinstance(error, KernelError):
+            return error
+        if self.device.kind == "cpu" or isinstance(error, AttnPlanError) or type(error).__name__ == "OutOfMemoryError":
+            raise error
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in zip("qkv", (q, k, v), strict=True))
+        made = KernelError(
+            f"{self.backend} ({self.schedule}) failed on {shapes} {q.dtype} {q.device}: {type(error).__name__}: {error}"
+        )
+        made.__cause__ = error
+        return made
+
+    def _instead(self, error: KernelError) -> Plan:
+        """Return the plan of the next candidate, with a warning that names both; raise ``error`` if there is none.
+
+        It stays: a kernel that failed once is not tried again by this plan.
+        """
+        if self._next is not None:
+            return self._next
+        if self.strict or self.pins.get("backend", "auto") != "auto":
+            raise error
+        failed = {**self._failed, (self.strategy, self.backend, self.schedule): f"failed in a call: {error}"}
+        try:
+            found = search(self.spec, self.target, **self.pins, deterministic=self.deterministic, failed=failed)
+        except (NoBackendError, MemoryBudgetError):
+            raise error from None
+        warnings.warn(
+            f"{self.strategy} > {self.backend} ({self.schedule}) failed: {error}; this plan now runs "
+            f"{found.candidate.name}. strict=True raises instead",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        following = Plan(self.spec, self.target, found, self.pins, deterministic=self.deterministic)
+        following._failed = failed
+        self._next = following
+        return following
 
     def _seen_before(self, q: Any, k: Any, v: Any) -> bool:
         """Return whether these tensors are like those of the last call that was checked."""
@@ -226,6 +304,20 @@ class Plan:
 
         return verify_plan(self, rows, seed)
 
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a file that :func:`attnplan.load` reads back: spec, choice and graph, as data.
+
+        Raises
+        ------
+        SpecError
+            If the pattern holds a Python function, or the file cannot be written.
+        """
+        text = self._text()
+        try:
+            Path(path).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise SpecError(f"cannot write the plan file {str(path)!r}: {error.strerror}") from None
+
     def shard(self, tensor: Tensor) -> Tensor:
         """Raise: plans run on one device in this version."""
         raise RingError("this plan has no mesh: ring execution is not in this version")
@@ -242,10 +334,21 @@ class Plan:
         """Raise: plans run on one device in this version."""
         raise RingError("this plan has no mesh: ring execution is not in this version")
 
+    def _text(self) -> str:
+        """Return the text of the plan's file, which an exported program carries."""
+        from attnplan.api import fingerprint
+        from attnplan.store import dump
+
+        return dump(self, fingerprint())
+
+    # What torch.compiler.assume_constant_result sets: a trace calls this, and does not look inside.
+    _text._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
     def __repr__(self) -> str:
         choice = f"{self.strategy} > {self.backend} ({self.schedule})"
         return f"<Plan {self.spec.pattern!r}{' causal' if self.spec.causal else ''} on {self.device.name}: {choice}>"
 
 
 def _takes(graph: Graph) -> bool:
-    return any(node.op.name == "take" for node in graph)
+    """Return whether a graph depends on its lengths, because it takes rows or tiles apart."""
+    return bool(graph.of(Take)) or any(op.tile is not None for _, op in graph.of(Attend))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
+COMPILING = ("test_compiled_backend", "test_compile_traces", "test_compile_dynamo", "test_compile_distributed")
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
 if str(ROOT) not in sys.path:  # so that test files find `tests.oracle` however pytest was started
@@ -39,3 +42,22 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == path.read_text(encoding="utf-8"), f"{path.name} differs; if that is meant, run --update-golden"
 
     return check
+
+
+@pytest.fixture(autouse=True)
+def compiled_programs_run_as_written(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave Inductor out, except in tests of compiling: the numbers are those of the same functions, minutes sooner."""
+    if request.module is None or "torch" not in sys.modules or request.node.get_closest_marker("gpu"):
+        return
+    if request.module.__name__.split(".")[-1] in COMPILING:
+        return
+
+    def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
+                return function(*args)
+
+        return run
+
+    monkeypatch.setattr("attnplan.runtime.compiling.compiled", as_written)

@@ -131,7 +131,7 @@ WRONG_OPERANDS = {
     r"q_offset must be an int tensor .*; got torch.int64 \[3\]": {"q_offset": [1, 2, 3]},
     "unknown operand 'document'; did you mean 'documents'": {"document": [0, 20]},
     "unknown operand 'foo'; known: documents, .*key_padding, q_offset": {"foo": 1},
-    "bias: a bias on scores needs the compiled backend": {"bias": torch.zeros(2)},
+    "bias: a bias on scores is not in this version": {"bias": torch.zeros(2)},
     "sink_logits: learnable sink logits need a kernel backend": {"sink_logits": torch.zeros(2)},
     "this plan takes no dropout_seed: its spec would need dropout above 0": {"dropout_seed": 3},
 }  # fmt: skip
@@ -251,7 +251,7 @@ WRONG_OPTIONS = {
     "bias: a bias on scores": {"bias": 1},
     "scale must be a positive finite number": {"scale": -1.0},
     "pattern must be a pattern or mixture, got 3": {"pattern": 3},
-    "unknown backend 'flash'": {"backend": "flash"},
+    "unknown backend 'flsh'": {"backend": "flsh"},
     "documents must rise from 0 to the 12 keys": {"pattern": P.segments(4), "documents": torch.tensor([0, 11])},
 }
 

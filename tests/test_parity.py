@@ -46,13 +46,16 @@ def test_every_way_gives_the_numbers_of_the_oracle(name, dtype):
 def test_the_cases_take_every_way():
     taken = Counter(way(plan) for case in CASES.values() for plan in every_plan(case.spec))
     assert sorted(taken) == [
+        "blocks > eager (flash)",
+        "decompose > eager (flash)",
+        "decompose > eager (math)",
         "dense > eager (flash)",
         "dense > eager (math)",
         "lattice > eager (flash)",
         "lattice > eager (math)",
         "naive > reference (float64)",
     ]
-    assert min(taken.values()) > 20
+    assert min(taken.values()) > 10
 
 
 @pytest.mark.parametrize("name", ANCHORED)
@@ -72,7 +75,8 @@ def test_half_precision_is_near_dense_sdpa(name):
             assert lse_error(got.lse, want.lse) <= BFLOAT16_LSE, way(plan)
         for gradient in ("dq", "dk", "dv"):
             ours, dense, exact = (getattr(n, gradient) for n in (got, anchor, want))
-            ratio = error(ours, exact, floor) / max(error(dense, exact, floor), 1e-9)
+            # where the exact gradient is 0, as for a row with one key, 1e-7 per element is rounding
+            ratio = error(ours, exact, floor) / max(error(dense, exact, floor), 1e-4)
             assert ratio <= BFLOAT16_GRADIENT_RATIO, f"{way(plan)}: {gradient} errs {ratio:.2f} times as much as SDPA"
 
 
@@ -178,7 +182,7 @@ def test_gradients_may_come_from_the_lse_alone():
 )
 def test_gradients_through_the_lse_where_a_kernel_has_no_room_for_them(name, monkeypatch):
     """As on CUDA with 256 features a head."""
-    monkeypatch.setattr("attnplan.runtime.attend._has_room", lambda q: False)
+    monkeypatch.setattr("attnplan.runtime.attend._has_room", lambda *_: False)
     call = call_of(name, "float64")
     want = call.expected()
     for plan in every_plan(call.spec):

@@ -1,0 +1,195 @@
+"""FlexAttention with tables built outside the graph and everything that differs between plans in tensors.
+
+References
+----------
+``torch.nn.attention.flex_attention``: on the CPU it compiles the forward for inference, without gradients or LSE, and
+wants index lists as wide as the mask; on CUDA lists are as wide as the fullest row.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from attnplan.errors import SpecError
+from attnplan.patterns import Pattern, Shape
+from attnplan.patterns.tiles import Grid, block_table
+from attnplan.runtime.compiling import PerShape
+from attnplan.runtime.conditions import Condition, condition
+from attnplan.runtime.device_tables import DeviceTable
+from attnplan.runtime.tables import Lists, block_lists
+
+_KEPT_STRUCTURES = 256
+
+
+@attrs.frozen
+class Options:
+    """What is the same for all plans of one structure, beside the condition."""
+
+    lengths: tuple[int, int]
+    tile: tuple[int, int]
+    scale: float
+    softcap: float | None
+    grouped: bool
+
+
+class Structure:
+    """All plans whose FlexAttention differs in tensors only."""
+
+    def __init__(self, module: torch.fx.GraphModule, options: Options) -> None:
+        self.module, self.options = module, options
+        self.compiled = PerShape(run, "FlexAttention")
+
+
+_structures: OrderedDict[tuple[int, Options], Structure] = OrderedDict()
+
+
+def structure(module: torch.fx.GraphModule, options: Options) -> Structure:
+    """Return the structure of a condition and options, the same object for equal ones."""
+    key = (id(module), options)  # the structure keeps its module, so the number is not given to another
+    if len(_structures) >= _KEPT_STRUCTURES:
+        _structures.popitem(last=False)
+    return _structures.setdefault(key, Structure(module, options))
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    captures: Sequence[Tensor],
+    like: Structure,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Call FlexAttention; what a trace takes up.
+
+    Parameters
+    ----------
+    q, k, v
+        ``[B, H, S, D]``, ``[B, H_kv, K, D]``, ``[B, H_kv, K, Dv]``.
+    rows, columns
+        Counts and indices of partial and of full tiles, by tile rows and, for the backward, by tile columns.
+    captures
+        What the condition takes behind its positions.
+    """
+    module, options = like.module, like.options
+
+    def mask(b: Tensor, h: Tensor, q_row: Tensor, k_row: Tensor) -> Tensor:
+        found: Tensor = module.forward(b, h, q_row, k_row, *captures)
+        return found
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, q_row: Tensor, k_row: Tensor) -> Tensor:
+        assert options.softcap is not None
+        return options.softcap * torch.tanh(score / options.softcap)
+
+    lists: Any = (*rows, *(columns if len(columns) else (None,) * 4), options.tile, mask)
+    blocks = BlockMask(options.lengths, *lists)
+    result: Any = flex_attention(
+        q,
+        k,
+        v,
+        score_mod=None if options.softcap is None else capped,
+        block_mask=blocks,
+        scale=options.scale,
+        enable_gqa=options.grouped,
+        return_aux=AuxRequest(lse=True) if return_lse else None,
+    )
+    if return_lse:
+        return result[0], result[1].lse
+    return result, None
+
+
+class FlexAttend:
+    """One attend over whole inputs by FlexAttention.
+
+    Parameters
+    ----------
+    where, shape, shift
+        The condition, the sizes of the call, and the position of query row 0, None if it arrives with the call.
+    options
+        The rest.
+    device
+        Device of the tables.
+    """
+
+    def __init__(self, where: Pattern, shape: Shape, shift: int | None, options: Options, device: str) -> None:
+        self.shape, self.device = shape, torch.device(device)
+        self.narrow = self.device.type != "cpu"
+        self.condition: Condition = condition(where, shape, shift)
+        self.like = structure(self.condition.module, options)
+        self.table: DeviceTable | None = None
+        self.rows: tuple[Tensor, ...] = ()
+        self.columns: tuple[Tensor, ...] = ()
+        self.static: list[Tensor] = []
+        if where.operands or shift is None:
+            self.table = DeviceTable(where, shape, options.tile, q_offset=shift is None)
+            return
+        grid = Grid(shift or 0, shape.seq_len, 0, shape.kv_len, options.tile)
+        lists = block_lists(block_table(where, shape, options.tile, grid=grid), self.device)
+        self.rows = self._sized(lists.rows, grid.columns)
+        self.columns = self._sized(lists.columns, grid.rows) if self.narrow else ()
+        self.static = self.condition.captures({}, 1, shape.kv_len, self.device)
+
+    def _sized(self, found: Lists, most: int) -> tuple[Tensor, ...]:
+        """Return counts and indices whose width is one of few, so that plans of like width share a graph."""
+        width = max(found.partial_index.shape[-1], found.full_index.shape[-1])
+        wide = min(most, 1 << (width - 1).bit_length()) if self.narrow else most
+        pad = torch.nn.functional.pad
+        partial, full = (pad(x, (0, wide - x.shape[-1]))[..., :wide] for x in (found.partial_index, found.full_index))
+        return found.partial_count, partial, found.full_count, full
+
+    def tables(self, operands: Mapping[str, Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return the index lists by rows, and by columns where there is a backward, for the operands of one call."""
+        if self.table is None:
+            return self.rows, self.columns
+        given = {n: x if isinstance(x, Tensor) else torch.tensor(x, device=self.device) for n, x in operands.items()}
+        found = self.table({n: x.to(self.device) for n, x in given.items()})
+        by_rows = Lists(found.partial_count, found.partial_columns, found.full_count, found.full_columns)
+        grid = self.table.grid
+        rows = self._sized(by_rows, grid.columns)
+        columns = self._sized(_transposed(by_rows, grid.columns), grid.rows) if self.narrow else ()
+        return rows, columns
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return (output, LSE if asked for), compiled for the structure that this attend shares."""
+        check_precision(q)
+        rows, columns = self.tables(operands)
+        captures = self.static or self.condition.captures(operands, q.shape[0], k.shape[2], q.device)
+        key = (return_lse, len(columns), *(x.shape for x in (*rows, *columns, *captures)))
+        found: tuple[Tensor, Tensor | None] = self.like.compiled(
+            key, q, k, v, rows, columns, captures, self.like, return_lse
+        )
+        return found
+
+    def traced(self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+        """Return :func:`run` for a plan without runtime operands, as a traced program takes it up."""
+        return run(q, k, v, self.rows, self.columns, self.static, self.like, return_lse)
+
+
+def check_precision(q: Tensor) -> None:
+    """Raise :class:`~attnplan.errors.SpecError` if a global flag lets float32 products on CUDA use TF32."""
+    if q.is_cuda and q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        raise SpecError(
+            "this process lets float32 products use TF32, the spec says precision='ieee', and a plan changes no "
+            "global flag: call torch.set_float32_matmul_precision('highest')"
+        )
+
+
+def _transposed(found: Lists, columns: int) -> Lists:
+    """Return the lists by tile columns, on the device and without synchronisation."""
+    states = found.states(columns).transpose(-1, -2)
+    made: list[Tensor] = []
+    for state in (1, 2):
+        kept = states == state
+        order = torch.argsort((~kept).to(torch.int8), dim=-1, stable=True)
+        made += [kept.sum(-1, dtype=torch.int32), order.to(torch.int32)]
+    return Lists(*made)
