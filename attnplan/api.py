@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -13,11 +14,13 @@ import attrs
 from attnplan import patterns as P
 from attnplan.calls import check_operand_names
 from attnplan.cost import resolve
-from attnplan.errors import NoBackendError, RingError, SpecError
+from attnplan.cost.tiles import attend_tiles
+from attnplan.errors import RingError, SpecError
 from attnplan.ir.coverage import attend_coverage
 from attnplan.patterns import Mixture, Pattern
+from attnplan.patterns.indicators import indicator
 from attnplan.plan import Plan
-from attnplan.search import lowerings, search
+from attnplan.search import lowerings_clear, search
 from attnplan.spec import OPERANDS, AttentionSpec
 from attnplan.units import parse_bytes
 
@@ -79,7 +82,7 @@ def fingerprint() -> str:
     """Return the versions on which a plan depends."""
     global _fingerprint
     if _fingerprint is None:
-        names = ("attnplan", "torch", "triton", "xformers", "flash-attn", "flash-attn-4")
+        names = ("attnplan", "torch", "triton", "xformers", "mslk", "flash-attn", "flash-attn-3", "flash-attn-4")
         found = []
         for name in names:
             try:
@@ -121,7 +124,8 @@ def compile(  # noqa: A001  # the public name: attnplan.compile
     deterministic
         Choose only what repeats bit for bit.
     strict
-        Never move to another candidate when a call fails. This version never does.
+        Raise :class:`~attnplan.errors.KernelError` when a kernel of another package fails in a call. Otherwise a plan
+        whose backend was not pinned warns, and moves to the next candidate.
 
     Returns
     -------
@@ -156,16 +160,14 @@ def compile(  # noqa: A001  # the public name: attnplan.compile
         )
     _refuse_what_is_missing(spec, mesh, tune)
     target = resolve(device)
-    if deterministic and target.device.kind == "cuda":
-        raise NoBackendError("deterministic=True on CUDA: no schedule has been proved to repeat bit for bit yet")
     budget = None if max_memory is None else parse_bytes(max_memory)
     name = target.torch_device or target.device.name
     key = _Key(spec, name, backend, strategy, budget, deterministic, strict, fingerprint())
     plan = _plans.get(key)
     if plan is None:
-        found = search(spec, target, backend, strategy, budget)
+        found = search(spec, target, backend, strategy, budget, deterministic=deterministic)
         pins = {"backend": backend, "strategy": strategy, "max_memory": budget}
-        plan = _plans.put(key, Plan(spec, target, found, pins))
+        plan = _plans.put(key, Plan(spec, target, found, pins, strict=strict, deterministic=deterministic))
     assert isinstance(plan, Plan)
     return plan
 
@@ -185,8 +187,45 @@ def cache_clear() -> None:
     """Forget every plan, and every graph and proof that planning remembers."""
     _plans.clear()
     _calls.clear()
-    lowerings.cache_clear()
+    lowerings_clear()
     attend_coverage.cache_clear()
+    indicator.cache_clear()
+    attend_tiles.cache_clear()
+
+
+def load(path: str | Path, stale: str = "error") -> Plan:
+    """Read a plan that :meth:`Plan.save <attnplan.plan.Plan.save>` wrote.
+
+    The file is data. It is parsed, type-checked and proved against the spec that it holds; nothing in it is executed.
+
+    Parameters
+    ----------
+    path
+        The file.
+    stale
+        What to do with a plan that other versions of attnplan, torch or a kernel's package made: ``"error"`` refuses
+        it and says what differs, ``"keep"`` takes it as it is.
+
+    Raises
+    ------
+    SpecError
+        If the file is unreadable, cut off, altered or stale, or names a backend or device that does not exist.
+    VerifyError
+        If its graph does not compute its spec.
+
+    Examples
+    --------
+    >>> import attnplan, tempfile
+    >>> plan = attnplan.compile(attnplan.AttentionSpec(seq_len=64, heads=2, head_dim=8, causal=True), device="h100")
+    >>> path = tempfile.mktemp()
+    >>> plan.save(path)
+    >>> attnplan.load(path)
+    <Plan full() causal on h100: dense > eager (flash)>
+    """
+    from attnplan.store import parse, read
+
+    found = parse(read(path), str(path), fingerprint(), stale)
+    return Plan(found.spec, found.target, found.found, found.pins)
 
 
 def attention(

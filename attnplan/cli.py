@@ -1,101 +1,31 @@
-"""The command line: ``attnplan explain | run | verify | devices | backends``.
-
-Exit codes: 0 success, 1 a plan is wrong, 2 bad input, 3 nothing can run what was asked for.
-"""
+"""The command line: ``attnplan explain | run | verify | diff | suggest | opt | draw | report | devices | backends``."""
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-from attnplan.errors import AttnPlanError, MemoryBudgetError, NoBackendError, RingError, VerifyError
-from attnplan.spec import DTYPES, LAYOUTS, AttentionSpec
+from attnplan import cli_compare, cli_pictures  # noqa: F401  # they add their commands to `main`
+from attnplan.cli_common import (
+    _JSON,
+    _PLAN_OPTIONS,
+    _SPEC_OPTIONS,
+    _compile,
+    _echo,
+    _echo_json,
+    _options,
+    _progress,
+    _spec,
+    main,
+)
+from attnplan.errors import SpecError, did_you_mean
+from attnplan.spec import AttentionSpec
 from attnplan.units import format_bytes, format_seconds
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-EXIT_WRONG, EXIT_BAD_INPUT, EXIT_CANNOT = 1, 2, 3
-_EXITS: tuple[tuple[tuple[type[AttnPlanError], ...], int], ...] = (
-    ((VerifyError,), EXIT_WRONG),
-    ((NoBackendError, MemoryBudgetError, RingError), EXIT_CANNOT),
-    ((AttnPlanError,), EXIT_BAD_INPUT),
-)
-
-_SPEC_OPTIONS = (
-    click.option("--seq-len", type=int, metavar="S", help="Query rows."),
-    click.option("--heads", type=int, metavar="H", help="Query heads."),
-    click.option("--head-dim", type=int, metavar="D", help="Features of q and k."),
-    click.option("--pattern", metavar="EXPR", help='Such as "window(512) | sinks(4)" or "longnet([2048], [1])".'),
-    click.option("--causal/--no-causal", default=None, help="Only keys at or before the query's position."),
-    click.option("--kv-len", type=int, metavar="K", help="Keys; default: the queries."),
-    click.option("--kv-heads", type=int, metavar="H", help="Key/value heads; default: the query heads."),
-    click.option("--value-dim", type=int, metavar="D", help="Features of v; default: those of q."),
-    click.option("--batch", type=int, metavar="B", help="Batch size to price and run."),
-    click.option("--dtype", metavar="|".join(DTYPES), help="Of q, k, v and the output."),
-    click.option("--layout", metavar="|".join(LAYOUTS), help="Order of the dimensions."),
-    click.option("--scale", type=float, help="Factor on q k^T; default: 1/sqrt(D)."),
-    click.option("--softcap", type=float, help="Scores become softcap * tanh(s / softcap)."),
-    click.option("--training/--no-training", default=None, help="Price the backward pass too."),
-)
-_PLAN_OPTIONS = (
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, or a name of `devices`."),
-    click.option("--backend", default="auto", show_default=True, help="Pin a backend."),
-    click.option("--strategy", default="auto", show_default=True, help="Pin a strategy."),
-    click.option("--max-memory", metavar="SIZE", help='Such as "2 GiB": limit beside inputs and output.'),
-)
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON.")
-
-
-def _options(*groups: tuple[Callable[[F], F], ...]) -> Callable[[F], F]:
-    def decorate(command: F) -> F:
-        for option in reversed([o for group in groups for o in group]):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-def _spec(file: str | None, flags: dict[str, Any]) -> AttentionSpec:
-    """Read the spec file, if any, and let flags override it."""
-    given = {name: value for name, value in flags.items() if value is not None}
-    if file is None:
-        return AttentionSpec.from_dict({"dtype": "bfloat16", **given})
-    text = sys.stdin.read() if file == "-" else None
-    spec = AttentionSpec.from_file(file) if text is None else AttentionSpec.from_text(text, name="standard input")
-    return AttentionSpec.from_dict({**spec.to_dict(), **given}) if given else spec
-
-
-def _compile(spec: AttentionSpec, device: str, backend: str, strategy: str, max_memory: str | None) -> Any:
-    from attnplan.api import compile  # noqa: A004
-
-    return compile(spec, device, backend, strategy, max_memory)
-
-
-class _Group(click.Group):
-    """Turns our errors into one line on stderr and an exit code."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except AttnPlanError as error:
-            click.echo(f"{type(error).__name__}: {error}", err=True)
-            ctx.exit(next(code for kinds, code in _EXITS if isinstance(error, kinds)))
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="attnplan")
-def main() -> None:
-    """Plan, explain, run and verify attention.
-
-    Specs are TOML or JSON files ("-" reads TOML from standard input), or flags; flags override a file.
-    """
+__all__ = ["main"]
 
 
 @main.command()
@@ -103,11 +33,26 @@ def main() -> None:
 @_options(_SPEC_OPTIONS, _PLAN_OPTIONS)
 @click.option("--source", is_flag=True, help="Print the emitted program too.")
 @click.option("--graph", "graph", is_flag=True, help="Print the graph too.")
+@click.option("--ir", metavar="PASS", help="Print the graph after this pass, and nothing else.")
+@click.option("--what-if", metavar="CHANGES", multiple=True,
+              help="Such as device=b200,seq_len=64k|1m,max_memory=4gib: a table, one row for each.")  # fmt: skip
+@click.option("--save", metavar="PATH", help="Write the plan to a file, for `diff` and attnplan.load.")
 @_JSON
 def explain(file: str | None, device: str, backend: str, strategy: str, max_memory: str | None, source: bool,
-            graph: bool, as_json: bool, **flags: Any) -> None:  # fmt: skip
+            graph: bool, ir: str | None, what_if: tuple[str, ...], save: str | None, as_json: bool,
+            **flags: Any) -> None:  # fmt: skip
     """Say what would run, why, and what it costs. Needs no torch."""
-    plan = _compile(_spec(file, flags), device, backend, strategy, max_memory)
+    spec = _spec(file, flags)
+    if what_if:
+        options = {"device": device, "backend": backend, "strategy": strategy, "max_memory": max_memory}
+        _what_if(spec, options, what_if, as_json)
+        return
+    plan = _compile(spec, device, backend, strategy, max_memory)
+    if save is not None:
+        plan.save(save)
+    if ir is not None:
+        _echo(_after(plan, ir))
+        return
     if as_json:
         facts = plan.explain(format="json")
         if graph:
@@ -121,6 +66,23 @@ def explain(file: str | None, device: str, backend: str, strategy: str, max_memo
         _echo(f"\n{plan.graph}")
     if source:
         _echo(f"\n{plan.source}")
+
+
+def _what_if(spec: AttentionSpec, options: dict[str, Any], texts: tuple[str, ...], as_json: bool) -> None:
+    from attnplan import compare
+
+    rows = compare.what_if(spec, options, [change for text in texts for change in compare.parse_changes(text)])
+    if as_json:
+        _echo_json(compare.rows_facts(rows))
+    else:
+        _echo(compare.render_rows(rows))
+
+
+def _after(plan: Any, name: str) -> str:
+    graphs = {step.name: str(step.graph) for step in plan.steps}
+    if name not in graphs:
+        raise SpecError(f"no pass {name!r} ran for {plan!r}{did_you_mean(name, graphs)}")
+    return graphs[name]
 
 
 @main.command()
@@ -187,10 +149,27 @@ def _timed(plan: Any, repeat: int, seed: int, backward: bool) -> list[float]:
 @_options(_SPEC_OPTIONS, _PLAN_OPTIONS)
 @click.option("--rows", default=64, show_default=True, type=click.IntRange(1), help="Sampled (head, row) pairs.")
 @click.option("--seed", default=0, show_default=True, help="Seed of inputs and sample.")
+@click.option("--backends", metavar="all|NAMES", help="Cross-validate these: every way to run the spec, all compared.")
+@click.option("--catalogue", is_flag=True, help="Cross-validate the specs of attnplan.testing instead of one.")
+@click.option("--size", metavar="small|large", help="Of the catalogue; default: large on a GPU.")
+@click.option("--repeat", default=1, show_default=True, type=click.IntRange(1), help="Timed calls, cross-validating.")
+@click.option("--merge", multiple=True, metavar="RUN", help="Merge what several runs of --catalogue wrote by --output.")
+@click.option("--output", metavar="FILE", help="Write the report of --catalogue or --merge as JSON.")
 @_JSON
-def verify(file: str | None, device: str, backend: str, strategy: str, max_memory: str | None, rows: int,
-           seed: int, as_json: bool, **flags: Any) -> None:  # fmt: skip
-    """Prove the coverage and compare output and gradients with float64. Exit code 1 if anything is wrong."""
+def verify(file: str | None, device: str, backend: str, strategy: str, max_memory: str | None, rows: int, seed: int,
+           backends: str | None, catalogue: bool, size: str | None, repeat: int, merge: tuple[str, ...],
+           output: str | None, as_json: bool, **flags: Any) -> None:  # fmt: skip
+    """Prove the coverage and compare output and gradients with float64. Exit code 1 if anything is wrong.
+
+    With --backends or --catalogue: run every strategy, backend and schedule that accepts the spec, compare each with
+    float64, and show every refusal with its reasons. Exit code 3 if nothing ran.
+    """
+    from attnplan.cli_verify import CrossValidation
+
+    asked = CrossValidation(backends, catalogue, merge, size, output, as_json)
+    if asked.wanted(file, flags, pinned=(backend, strategy, max_memory) != ("auto", "auto", None)):
+        asked.run(lambda: _spec(file, flags), flags["dtype"], device=device, seed=seed, repeat=repeat)
+        return
     plan = _compile(_spec(file, flags), device, backend, strategy, max_memory)
     with _progress(None, "verifying"):
         report = plan.verify(rows=rows, seed=seed)
@@ -248,9 +227,9 @@ def backends(file: str | None, spec_file: str | None, device: str, as_json: bool
         {
             "name": b.name,
             "versions": b.versions(),
-            "schedules": {s.name: s.title for s in b.schedules(target.device)},
+            "schedules": {s.name: _schedule_row(b, s, target) for s in b.schedules(target.device)},
             "automatic": b.automatic,
-            "refused": list(b.availability(target)),
+            "refused": list(b.availability(target)) or _nothing_for(b, target),
         }
         for b in registry().backends.values()
     ]
@@ -262,20 +241,41 @@ def backends(file: str | None, spec_file: str | None, device: str, as_json: bool
         versions = ", ".join(f"{n} {v or 'not installed'}" for n, v in row.get("versions", {}).items())
         by_name = "" if row.get("automatic", True) else "   only when asked for by name"
         _echo(f"{row['name']:<10} {versions}{by_name}\n")
-        for name, what in row.get("schedules", {}).items():
-            _echo(f"           {name:<9} {what}\n")
+        for name, one in row.get("schedules", {}).items():
+            where = f"run on {one['tested']}" if one["tested"] else "untested"
+            _echo(f"           {name:<9} {one['title']}   {where}\n")
+            for reason in one["refused"]:
+                _echo(f"           {'':<9} refused   {reason}\n")
         for reason in row["refused"]:
             _echo(f"           refused   {reason}\n")
 
 
+def _schedule_row(backend: Any, schedule: Any, target: Any) -> dict[str, Any]:
+    known = set(backend.availability(target))
+    return {
+        "title": schedule.title,
+        "tested": schedule.tested,
+        "deterministic": schedule.deterministic,
+        "refused": [reason for reason in backend.missing(schedule, target) if reason not in known],
+    }
+
+
+def _nothing_for(backend: Any, target: Any) -> list[str]:
+    from attnplan.search import without_schedules
+
+    return [reason for name, reason in without_schedules(target.device).items() if name == backend.name]
+
+
 def _echo_candidates(spec: AttentionSpec, target: Any, as_json: bool) -> None:
-    from attnplan.search import candidates
+    from attnplan.search import candidates, without_schedules
 
     found = candidates(spec, target)
+    rest = without_schedules(target.device)
     if as_json:
         _echo_json([
-            {"name": c.name, "seconds": c.prediction.seconds if c.prediction else None, "refused": list(c.reasons)}
-            for c in found
+            *({"name": c.name, "seconds": c.prediction.seconds if c.prediction else None, "refused": list(c.reasons)}
+              for c in found),
+            *({"name": name, "seconds": None, "refused": [why]} for name, why in rest.items()),
         ])  # fmt: skip
         return
     width = max(len(c.name) for c in found)
@@ -284,48 +284,8 @@ def _echo_candidates(spec: AttentionSpec, target: Any, as_json: bool) -> None:
         _echo(f"{c.name:<{width}}  {says}\n")
         for reason in c.reasons[1:]:
             _echo(f"{'':<{width}}            {reason}\n")
-
-
-def _echo_json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=2))
-
-
-_STYLES = {
-    r"(?m)^(choice|predicted|measured|coverage|does|mask|device|others|numbers)\b": "bold",
-    r"\bok\b": "green",
-    r"\b(refused|WRONG)\b": "red",
-    r"[░▒▓█·]+": "cyan",
-    r"(?m)^  op .*$": "dim",
-    r"\(data sheet\)": "dim",
-}
-
-
-def _echo(text: str) -> None:
-    """Print text: coloured on a terminal, plain in a pipe."""
-    if not sys.stdout.isatty():
-        click.echo(text, nl=False)
-        return
-    from rich.console import Console
-    from rich.text import Text
-
-    styled = Text(text)
-    for pattern, style in _STYLES.items():
-        styled.highlight_regex(pattern, style)
-    Console(highlight=False, soft_wrap=True).print(styled, end="")
-
-
-@contextmanager
-def _progress(total: int | None, what: str) -> Iterator[Callable[[], None]]:
-    """Show a progress bar on stderr while something long runs, if stderr is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
+    for name, why in rest.items():
+        _echo(f"{name:<{width}}  refused   {why}\n")
 
 
 if __name__ == "__main__":

@@ -91,3 +91,28 @@ def format_count(number: float) -> str:
             return f"{number:.3g}{suffix}"
         number /= 1000
     return f"{number:.3g} P"
+
+
+_COUNTS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
+
+
+def parse_count(text: int | str) -> int:
+    """Read a number of tokens or heads: an int, or text such as ``"64k"`` or ``"1m"``, in powers of 1024.
+
+    Raises
+    ------
+    SpecError
+        If the text is no positive whole number.
+
+    Examples
+    --------
+    >>> parse_count("64k"), parse_count("1m"), parse_count("1_000_003")
+    (65536, 1048576, 1000003)
+    """
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d+)?)\s*([kmg]?)\s*", text.lower())
+    number = float(match[1].replace("_", "")) * _COUNTS[match[2]] if match else 0.0
+    if number <= 0 or number != int(number):
+        raise SpecError(f"cannot read {text!r} as a count: write a whole number, or one with k, m or g, such as 64k")
+    return int(number)

@@ -193,14 +193,23 @@ def test_backends_are_listed():
     assert re.search(r"(?m)^eager +torch \d", text)
     assert re.search(r"(?m)^reference .*only when asked for by name$", text)
     rows = json.loads(ok("backends", "--device", "h100", "--json"))
-    assert {r["name"]: set(r["schedules"]) for r in rows} == {"eager": {"flash", "math"}, "reference": {"float64"}}
+    assert {r["name"]: set(r["schedules"]) for r in rows} == {
+        "eager": {"cudnn", "flash", "efficient", "math"},
+        "xformers": {"flash", "cutlass", "split-k"},
+        "flash": {"fa4", "fa3", "fa2"},
+        "compiled": {"flex"},
+        "reference": {"float64"},
+    }
+    assert re.search(r"(?m)^ +flash +SDPA's flash operator for CPU   run on CPU$", text)
+    assert re.search(r"(?m)^ +fa3 +flash-attn 3   untested$", ok("backends", "--device", "h100"))
+    assert "refused   has no schedule for cpu, a cpu device" in text
 
 
 def test_backends_say_why_they_refuse_a_spec(file):
     spec = file(TOML + "softcap = 2.0\n")
     text = ok("backends", "--device", "v100", "--spec", spec)
     assert text == ok("backends", "--device", "v100", spec)
-    assert "dense > eager (flash)        refused   the flash operator has no softcap" in text
+    assert "refused   FlashAttention-2 has no softcap" in text
     assert "FlashAttention-2 needs compute capability 8.0, v100 has 7.0" in text
     assert re.search(r"(?m)^dense > eager \(math\) +[\d.]+ [mu]?s$", text)
     rows = {r["name"]: r for r in json.loads(ok("backends", "--device", "v100", spec, "--json"))}

@@ -23,22 +23,38 @@ LAYERS = (
     ("cost",),
     ("runtime",),
     ("backends",),
-    ("plan", "explain", "search", "calls", "verify", "draw", "api"),
-    ("nn", "integrations", "calibrate"),
-    ("cli",),
+    (
+        "plan",
+        "tracing",
+        "explain",
+        "search",
+        "calls",
+        "verify",
+        "draw",
+        "api",
+        "store",
+        "compare",
+        "suggest",
+        "pictures",
+        "report",
+    ),
+    ("nn", "integrations", "calibrate", "testing"),
+    ("cli_common",),
+    ("cli", "cli_verify", "cli_compare", "cli_pictures"),
 )
 ABOVE_ALL = ("__init__.py", "__main__.py")
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 FACADE = RANK["plan"] + 0.5  # `import attnplan`, the public names: for the rows above the plan only
 
 # Planning needs no torch: only what runs a plan may import it, or import attnplan.runtime, which does.
-WITH_TORCH = ("runtime", "nn", "integrations", "calibrate")
+WITH_TORCH = ("runtime", "nn", "integrations", "calibrate", "testing")
 # Parts of an emitter in files of their own: nothing but emit.py may import them.
 PARTS_OF_EMITTERS = ("backends/eager/programs.py",)
 # Files that may import torch inside a function, each with its reason.
 TORCH_INSIDE_FUNCTIONS = {
     "__init__.py": "attention() infers a spec from tensors",
     "plan.py": "the first call emits; a file of a plan is for a torch device",
+    "tracing.py": "warms up, and traces what torch traces",
     "calls.py": "checks the tensors of a call",
     "verify.py": "runs the plan beside the reference",
     "cost/device.py": "asks torch for the properties of a CUDA device that is here",

@@ -1,0 +1,98 @@
+"""Commands that set plans side by side, propose patterns, and run passes on printed graphs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from attnplan.cli_common import _JSON, _SPEC_OPTIONS, _echo, _echo_json, _options, main
+from attnplan.errors import SpecError, did_you_mean
+from attnplan.spec import AttentionSpec
+
+
+@main.command("diff")
+@click.argument("a")
+@click.argument("b", required=False)
+@click.option("--device", default="auto", show_default=True, help="To plan A for, if A is a spec.")
+@click.option("--device-b", metavar="DEVICE", help="To plan B for; default: that of A. Alone, A is planned for both.")
+@_JSON
+def diff_plans(a: str, b: str | None, device: str, device_b: str | None, as_json: bool) -> None:
+    """Say what changes between A and B: spec files, or plans saved by `explain --save`."""
+    from attnplan.compare import diff, render
+
+    if b is None and device_b is None:
+        raise SpecError("diff needs a second file, or --device-b to plan the first one for another device")
+    found = diff(_plan(a, device), _plan(b or a, device_b or device))
+    if as_json:
+        _echo_json(found)
+    else:
+        _echo(render(found))
+
+
+def _plan(path: str, device: str) -> Any:
+    """Return the plan that a file holds, or the plan of the spec that it holds."""
+    from attnplan.api import compile, load  # noqa: A004
+
+    return load(path, stale="keep") if _is_plan(path) else compile(AttentionSpec.from_file(path), device)
+
+
+def _is_plan(path: str) -> bool:
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False  # a spec in TOML, or a file whose own reader says what is wrong
+    return isinstance(data, dict) and "attnplan_plan" in data
+
+
+@main.command("suggest")
+@_options(_SPEC_OPTIONS)
+@click.option("--device", default="auto", show_default=True, help="As in explain.")
+@click.option("--max-memory", metavar="SIZE", help='Such as "2 GiB": limit beside inputs and output.')
+@click.option("--layers", default=12, show_default=True, help="Depth of the stack whose reach is listed.")
+@_JSON
+def suggest_patterns(device: str, max_memory: str | None, layers: int, as_json: bool, **flags: Any) -> None:
+    """List patterns for a length: their reach, pairs, predicted time and peak memory, the fastest first."""
+    from attnplan.suggest import facts, render, suggest
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    missing = [n for n in ("seq_len", "heads", "head_dim") if n not in given]
+    if missing:
+        raise SpecError(f"suggest needs --{missing[0].replace('_', '-')}")
+    found = suggest(device=device, max_memory=max_memory, layers=layers, **{"dtype": "bfloat16", **given})
+    if as_json:
+        _echo_json(facts(found))
+    else:
+        _echo(render(found))
+
+
+@main.command("opt")
+@click.argument("file", default="-")
+@click.option("--passes", required=True, metavar="NAMES", help="Comma-separated, such as canonicalize,lattice.")
+@click.option("--spec", "spec_file", metavar="FILE", help="Prove the result against this spec, and not the graph read.")
+def run_passes(file: str, passes: str, spec_file: str | None) -> None:
+    """Run passes on a printed graph ("-" reads standard input), proving each, and print the result."""
+    from attnplan.ir import parse_graph, print_graph
+    from attnplan.ir.coverage import coverage, spec_coverage
+    from attnplan.passes import PASSES, Pipeline
+
+    names = [name.strip() for name in passes.split(",") if name.strip()]
+    for name in names:
+        if name not in PASSES:
+            raise SpecError(f"unknown pass {name!r}{did_you_mean(name, PASSES)}")
+    graph = parse_graph(_text(file))
+    expected = coverage(graph) if spec_file is None else spec_coverage(AttentionSpec.from_file(spec_file))
+    result, _ = Pipeline(tuple(PASSES[name]() for name in names)).run(graph, expected)
+    _echo(print_graph(result))
+
+
+def _text(file: str) -> str:
+    if file == "-":
+        return sys.stdin.read()
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"cannot read the graph file {file!r}: {error}") from None
