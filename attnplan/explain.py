@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from attnplan.cost.tiles import attend_tiles
 from attnplan.draw import TILES, mask_rows
 from attnplan.errors import SpecError
-from attnplan.ir import Attend, Graph, Merge, Mix, Node, Take
+from attnplan.ir import Attend, Graph, Merge, Mix, Node, RowMap, Take
 from attnplan.ir.slots import slot_condition
 from attnplan.search import Candidate
 from attnplan.spec import AttentionSpec, Dim
@@ -39,6 +40,7 @@ def facts(plan: Plan) -> dict[str, Any]:
         "choice": {
             **_candidate_facts(chosen),
             "versions": plan._backend.versions(),
+            "note": getattr(plan._backend, "note", ""),
             "basis": "data sheet",
             "inputs_and_output_bytes": _io_bytes(plan.spec),
             "work": "forward and backward" if plan.spec.training else "forward",
@@ -116,22 +118,30 @@ def _op_facts(plan: Plan, node: Node) -> dict[str, Any]:
     return {
         "id": node.id,
         "op": node.op.name,
-        "what": _what(plan.graph, node, copied=op.cost.bytes > 0),
+        "what": _what(plan.graph, node, plan.spec, copied=op.cost.bytes > 0),
         "result": str(node.type),
         "gflop": op.cost.flops / 1e9,
         "exps": op.cost.exps,
-        "bytes": op.cost.bytes,
+        "bytes": op.cost.bytes + op.cost.copied,
         "seconds": op.seconds,
         "bound": op.bound,
         "roofline": op.roofline,
     }
 
 
-def _what(graph: Graph, node: Node, *, copied: bool) -> str:
+def _tiles(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec) -> str:
+    assert op.tile is not None
+    kept = attend_tiles(op, q, k, spec)
+    total = q.elements_count // q.length * -(-q.length // op.tile[0]) * -(-k.length // op.tile[1])
+    boxes = "" if op.boxes is None else f" by boxes {op.boxes[0]}, {op.boxes[1]}"
+    return f"{kept} of {total} tiles {op.tile[0]}x{op.tile[1]}{boxes}"
+
+
+def _what(graph: Graph, node: Node, spec: AttentionSpec, *, copied: bool) -> str:
     op = node.op
     if isinstance(op, Attend):
         q, k = (graph[a].type.rows for a in node.args[:2])
-        condition = slot_condition(op, q, k)
+        condition = slot_condition(op, q, k) if op.tile is None else _tiles(op, q, k, spec)
         blocks = node.type.rows.elements_count // q.length
         square = f"{q.length}^2" if q.length == k.length else f"{q.length}x{k.length}"
         return f"{condition}, {blocks} x {square}"
@@ -154,6 +164,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"device     {device['title']}" + (f" ({device['note']})" if device["note"] else "")
     assumed = "" if device["here"] else ", assumed there"
     yield f"choice     {choice['name']}" + (f"   {versions}{assumed}" if versions else "")
+    if choice["note"]:
+        yield f"           {choice['note']}"
     yield (
         f"predicted  {format_seconds(choice['seconds'])} {choice['work']} ({choice['basis']})    "
         f"peak {format_bytes(choice['peak_bytes'])} beside {format_bytes(choice['inputs_and_output_bytes'])} "
