@@ -2,7 +2,8 @@
 
 Nothing here is theirs or ours: it follows the formulas of the LongNet paper and descriptions of the published codes.
 Tensors are ``[B, S, H, D]``; module functions take ``[B, S, E]`` and a state dict with the published names.
-``causal`` compares positions, unless a function says that it reproduces a fault.
+``causal`` compares positions, unless a function says that it reproduces a fault. ``keep`` is True for the keys that a
+row may see: ``[B, K]`` for padding, or ``[B, S, K]``.
 """
 
 from __future__ import annotations
@@ -18,12 +19,19 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def softmax_rows(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """Attend for one head: q [B, S, D], k, v [B, K, D], allowed [S, K]; a row without keys gives 0 and -inf."""
+    """Attend for one head: q [B, S, D], k, v [B, K, D], allowed [(B,) S, K]; a row without keys gives 0 and -inf."""
     scores = q @ k.transpose(1, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     lse = torch.logsumexp(scores.masked_fill(~allowed, -torch.inf), -1)
     some = allowed.any(-1)
-    weights = torch.softmax(scores.masked_fill(~allowed & some[:, None], -torch.inf), -1) * some[:, None]
+    weights = torch.softmax(scores.masked_fill(~allowed & some[..., None], -torch.inf), -1) * some[..., None]
     return weights @ v, lse
+
+
+def kept(pairs: Tensor, keep: Tensor | None) -> Tensor:
+    """Return the pairs [S, K] without the keys that ``keep`` leaves out: [B, S, K]."""
+    if keep is None:
+        return pairs
+    return pairs & (keep if keep.ndim == 3 else keep[:, None])
 
 
 def meets(n: int, w: int, r: int, offset: int, causal: bool) -> Tensor:
@@ -54,16 +62,13 @@ def grouped(
     q: Tensor, k: Tensor, v: Tensor, ws: Sequence[int], rs: Sequence[int], causal: bool = False,
     *, keep: Tensor | None = None, divide: bool = True, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """DilatedAttention as in the fork; ``keep`` [B, K] is True for real keys."""
+    """DilatedAttention as in the fork."""
     b, n, h, _ = q.shape
     out = torch.zeros(b, n, h, v.shape[-1], dtype=q.dtype)
     for i, (heads, w, r) in enumerate(zip(fork_groups(h, len(ws)), ws, rs, strict=True)):
+        pairs = kept(meets(n, w, r, i % r, causal), keep)
         for j in heads:
-            for e in range(b):
-                pairs = meets(n, w, r, i % r, causal)
-                pairs = pairs if keep is None else pairs & keep[e]
-                one = slice(e, e + 1)
-                out[one, :, j] = softmax_rows(q[one, :, j], k[one, :, j], v[one, :, j], pairs, scale)[0]
+            out[:, :, j] = softmax_rows(q[:, :, j], k[:, :, j], v[:, :, j], pairs, scale)[0]
     return out / len(ws) if divide else out
 
 
@@ -93,7 +98,7 @@ def over_heads(q: Tensor, k: Tensor, v: Tensor, ws: Sequence[int], rs: Sequence[
 
 def longnet(
     q: Tensor, k: Tensor, v: Tensor, ws: Sequence[int], rs: Sequence[int], causal: bool = False,
-    *, offset: str = "block", detach: bool = True,
+    *, offset: str = "block", detach: bool = True, keep: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """LongNet: every head in every branch; ``offset="block"`` and ``detach=True`` are torchscale's."""
     n, h = q.shape[1:3]
@@ -102,27 +107,33 @@ def longnet(
         parts = []
         for w, r in zip(ws, rs, strict=True):
             start = j // -(-h // r) if offset == "block" else j % r
-            parts.append(softmax_rows(q[:, :, j], k[:, :, j], v[:, :, j], meets(n, w, r, start, causal)))
+            pairs = kept(meets(n, w, r, start, causal), keep)
+            parts.append(softmax_rows(q[:, :, j], k[:, :, j], v[:, :, j], pairs))
         columns.append(_mixed(parts, detach))
     return torch.stack(columns, 2)
 
 
 def longnet_zero_keys(
-    q: Tensor, k: Tensor, v: Tensor, ws: Sequence[int], rs: Sequence[int], causal: bool = False
-) -> Tensor:
-    """torchscale on ragged lengths: every segment is filled up with rows of zeros, which count as keys."""
+    q: Tensor, k: Tensor, v: Tensor, ws: Sequence[int], rs: Sequence[int], causal: bool = False,
+    *, keep: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """torchscale on ragged lengths: every segment is filled up with rows of zeros, which count as keys.
+
+    ``keep`` [B, K] leaves real keys out, never the zeros.
+    """
     n, h = q.shape[1:3]
     columns = []
     for j in range(h):
         parts = []
         for w, r in zip(ws, rs, strict=True):
-            parts.append(_zero_filled_branch(q[:, :, j], k[:, :, j], v[:, :, j], min(w, n), r, j // -(-h // r), causal))
+            one = (q[:, :, j], k[:, :, j], v[:, :, j])
+            parts.append(_zero_filled_branch(*one, min(w, n), r, j // -(-h // r), causal, keep))
         columns.append(_mixed(parts, True))
     return torch.stack(columns, 2)
 
 
 def _zero_filled_branch(
-    q: Tensor, k: Tensor, v: Tensor, w: int, r: int, offset: int, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, w: int, r: int, offset: int, causal: bool, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     b, n, d = q.shape
     out, lse = torch.zeros_like(v), torch.full((b, n), -torch.inf, dtype=q.dtype)
@@ -132,7 +143,11 @@ def _zero_filled_branch(
         zero = torch.zeros(b, d, dtype=q.dtype)
         q1, k1, v1 = (torch.stack([zero if t is None else x[:, t] for t in rows], 1) for x in (q, k, v))
         pairs = torch.ones(len(rows), len(rows), dtype=torch.bool)
-        o1, l1 = softmax_rows(q1, k1, v1, pairs.tril() if causal else pairs)
+        pairs = pairs.tril() if causal else pairs
+        if keep is not None:
+            always = torch.ones(b, dtype=torch.bool)
+            pairs = kept(pairs, torch.stack([always if t is None else keep[:, t] for t in rows], 1))
+        o1, l1 = softmax_rows(q1, k1, v1, pairs)
         for s, t in enumerate(rows):
             if t is not None:
                 out[:, t], lse[:, t] = o1[:, s], l1[:, s]
@@ -147,8 +162,14 @@ def _mixed(parts: Sequence[tuple[Tensor, Tensor]], detach: bool) -> Tensor:
     return (weights[..., None] * outs).sum(0)
 
 
-def ring_v2(q: Tensor, k: Tensor, v: Tensor, ws: Sequence[int], rs: Sequence[int]) -> Tensor:
-    """RingDilatedAttentionV2 on one rank, not causal: only keys are dilated and repeated to fill the segment."""
+def ring_v2(
+    q: Tensor, k: Tensor, v: Tensor, ws: Sequence[int], rs: Sequence[int], causal: bool = False,
+    *, keep: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """RingDilatedAttentionV2 on one rank: only keys are dilated and repeated to fill the segment.
+
+    ``causal`` and ``keep`` go by position, where the published class masks slots and ignores padding.
+    """
     n, h = q.shape[1:3]
     out, groups, start = torch.zeros_like(q), len(ws), 0
     for i, (w, r) in enumerate(zip(ws, rs, strict=True)):
@@ -159,16 +180,17 @@ def ring_v2(q: Tensor, k: Tensor, v: Tensor, ws: Sequence[int], rs: Sequence[int
                 whole = first + w <= n
                 rows = [first + dilated[s % len(dilated)] for s in range(w)] if whole else list(range(first, n))
                 queries = slice(first, min(first + w, n))
-                everything = torch.ones(queries.stop - first, len(rows), dtype=torch.bool)
-                out[:, queries, j] = softmax_rows(q[:, queries, j], k[:, rows, j], v[:, rows, j], everything)[0]
+                pairs = torch.tensor([[t <= s or not causal for t in rows] for s in range(first, queries.stop)])
+                pairs = kept(pairs, None if keep is None else keep[:, rows])
+                out[:, queries, j] = softmax_rows(q[:, queries, j], k[:, rows, j], v[:, rows, j], pairs)[0]
         start = stop
     return out
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, *, keep: Tensor | None = None) -> Tensor:
     """RingAttentionCorrectV2: dense attention."""
     pairs = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
-    pairs = pairs.tril() if causal else pairs
+    pairs = kept(pairs.tril() if causal else pairs, keep)
     return torch.stack([softmax_rows(q[:, :, j], k[:, :, j], v[:, :, j], pairs)[0] for j in range(q.shape[2])], 2)
 
 
@@ -188,8 +210,9 @@ def active_blocks(config: Mapping[str, object], rates: Sequence[int], count: int
 
 
 def block_sparse(
-    q: Tensor, k: Tensor, v: Tensor, blocks: set[tuple[int, int]], size: int, causal: bool = False, summed: bool = False
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, blocks: set[tuple[int, int]], size: int, causal: bool = False,
+    *, summed: bool = False, keep: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """One softmax over the union of the active blocks; ``summed`` adds a softmax per block, the fork's fault."""
     n = q.shape[1]
     position = torch.arange(n)
@@ -197,7 +220,7 @@ def block_sparse(
     for i, j in sorted(blocks):
         pairs = (position[:, None] // size == i) & (position // size == j)
         masks.append(pairs & (position <= position[:, None]) if causal else pairs)
-    masks = masks if summed else [torch.stack(masks).any(0)]
+    masks = [kept(m, keep) for m in (masks if summed else [torch.stack(masks).any(0)])]
     heads = range(q.shape[2])
     return torch.stack([sum(softmax_rows(q[:, :, j], k[:, :, j], v[:, :, j], m)[0] for m in masks) for j in heads], 2)
 

@@ -70,17 +70,6 @@ def test_softmax_scale_works(kind: type[DilatedAttention]) -> None:
     assert_same(module, lambda *x: published.grouped(*x, *LADDER, scale=0.7), *inputs(32))
 
 
-@pytest.mark.parametrize("kind", DILATED)
-def test_key_padding_mask_works(kind: type[DilatedAttention]) -> None:
-    mask = torch.arange(29) >= torch.tensor([[29], [17]])
-    module = kind(*LADDER)
-    assert_same(
-        lambda *x: module(*x, is_causal=True, key_padding_mask=mask),
-        lambda *x: published.grouped(*x, *LADDER, True, keep=~mask),
-        *inputs(29),
-    )
-
-
 def test_mix_none_does_not_divide() -> None:
     module = DilatedAttention(*LADDER, mix="none")
     assert_same(module, lambda *x: published.grouped(*x, *LADDER, divide=False), *inputs(32))
