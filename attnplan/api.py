@@ -219,8 +219,8 @@ def load(path: str | Path, stale: str = "error") -> Plan:
     >>> plan = attnplan.compile(attnplan.AttentionSpec(seq_len=64, heads=2, head_dim=8, causal=True), device="h100")
     >>> path = tempfile.mktemp()
     >>> plan.save(path)
-    >>> attnplan.load(path)
-    <Plan full() causal on h100: dense > eager (flash)>
+    >>> attnplan.load(path).graph == plan.graph
+    True
     """
     from attnplan.store import parse, read
 

@@ -40,6 +40,7 @@ def packages(monkeypatch):
     for module in (eager, flash, xformers):
         wider = {name: attrs.evolve(x, dtypes=(*x.dtypes, "float64")) for name, x in module.LIMITS.items()}
         monkeypatch.setattr(module, "LIMITS", wider)
+    monkeypatch.setattr(flash, "_FA4_WIDTHS", ())
     monkeypatch.setattr(flash, "FA4", attrs.evolve(flash.FA4, tile=(8, 4)))
     monkeypatch.setattr(eager, "EFFICIENT", attrs.evolve(eager.EFFICIENT, tile=(8, 8), chunk=8))
     monkeypatch.setattr(xformers, "CUTLASS", attrs.evolve(xformers.CUTLASS, tile=(8, 8), chunk=8))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import attnplan
 from attnplan import patterns as P
+from attnplan.errors import PassError
 from attnplan.ir import Attend
 from attnplan.ir.ops import disjoint
 from attnplan.passes.block_sparse import chunks
@@ -111,3 +112,14 @@ def test_a_tile_is_two_positive_sizes(tile):
 
     with pytest.raises((attnplan.errors.PassError, TypeError)):
         attrs.evolve(op, tile=tile).infer([n.type for n in graph.args(node)])
+
+
+def test_a_query_row_in_two_chunks_is_refused():
+    """The pairs of a symmetric window are covered once if queries overlap instead of keys; the output rows are not."""
+    graph = lowered(P.window(256))
+    node, op = max(graph.of(Attend), key=lambda pair: pair[0].type.rows.elements_count)
+    q, k, _ = (n.type for n in graph.args(node))
+    swapped = [attrs.evolve(t, rows=r) for t, r in ((q, k.rows), (k, q.rows), (k, q.rows))]
+    swapped[2] = attrs.evolve(swapped[2], tensor="v")
+    with pytest.raises(PassError, match="one query row stands in two places"):
+        op.infer(swapped)

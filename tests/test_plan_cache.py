@@ -159,7 +159,7 @@ def test_plans_of_distinct_lambdas_are_let_go(monkeypatch):
         functions.append(weakref.ref(function))
         attnplan.compile(attrs.evolve(TINY, pattern=P.mask(function)))
 
-    assert growth(plan, 60) < 100_000
+    assert growth(plan, 120) < 250_000  # what the caches hold; a plan that stays takes 5 KB or more
     assert sum(f() is not None for f in functions) <= 8
 
 

@@ -131,6 +131,7 @@ class Attend(Op):
         q, k, v = types
         _need((q.tensor, k.tensor, v.tensor) == ("q", "k", "v"), self, f"got {q.tensor}, {k.tensor}, {v.tensor}")
         _need(k.rows == v.rows, self, "the rows of k and of v differ")
+        _need(q.rows.shows_rows_once, self, "one query row stands in two places, whose outputs would be written twice")
         _need(q.features == k.features, self, f"q has {q.features} features, k has {k.features}")
         _need(len(q.rows.axes) == len(k.rows.axes), self, "q and k have different numbers of axes")
         for a, b in zip(q.rows.batch, k.rows.batch, strict=True):

@@ -86,6 +86,21 @@ class RowMap:
         return self.axes[-1].row == 1 and not any(a.row for a in self.batch)
 
     @property
+    def shows_rows_once(self) -> bool:
+        """Whether no (head, row) shows up twice, as far as the steps of the axes tell.
+
+        Examples
+        --------
+        >>> RowMap(0, 0, (Axis(3, row=4), Axis(4, row=1))).shows_rows_once
+        True
+        >>> RowMap(0, 0, (Axis(3, row=4), Axis(5, row=1))).shows_rows_once
+        False
+        """
+        heads = [(a.head, a.size) for a in self.axes if a.head and a.size > 1]
+        rows = [(a.row, a.size) for a in self.axes if not a.head and a.size > 1]
+        return _steps_over(heads) and _steps_over(rows)
+
+    @property
     def last_head(self) -> int:
         """The largest head in the map."""
         return self.head + sum((a.size - 1) * a.head for a in self.axes)
@@ -123,3 +138,13 @@ class RowMap:
             low, high = extents.get(head, (first, first))
             extents[head] = (min(low, first), max(high, first + still))
         return extents
+
+
+def _steps_over(steps: list[tuple[int, int]]) -> bool:
+    """Return whether every (step, count) steps over all that the smaller ones reach."""
+    reach = 0
+    for step, count in sorted(steps):
+        if step <= reach:
+            return False
+        reach += step * (count - 1)
+    return True
