@@ -141,6 +141,7 @@ REMEMBERED = (
     ("search", "_memo"),
     ("ir.coverage", "attend_coverage"),
     ("patterns.sums", "_offset_sum"),
+    ("patterns.sums", "_split"),
     ("ir.coverage", "indicator"),
     ("cost.rules", "attend_tiles"),
 )

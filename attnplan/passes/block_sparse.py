@@ -39,7 +39,10 @@ class BlockSparse(Pass):
     """Queries of a chunk; None leaves bands, and documents that arrive with the call, to kernels that know them."""
 
     def __call__(self, graph: Graph) -> Graph:
-        return rewrite(graph, self._visit)
+        masked = any(
+            slot_condition(op, *(n.type.rows for n in graph.args(node)[:2])) == "mask" for node, op in graph.of(Attend)
+        )
+        return rewrite(graph, self._visit) if masked else graph
 
     def _visit(self, builder: Builder, node: Node, args: tuple[int, ...]) -> int | None:
         op = node.op

@@ -60,17 +60,7 @@ class Conjunction:
     @classmethod
     def of(cls, pattern: Pattern) -> Conjunction:
         """Split ``pattern`` into its conjuncts."""
-        bands = [c for c in conjuncts(pattern) if isinstance(c, Band)]
-        lefts = [b.left for b in bands if b.left is not None]
-        rights = [b.right for b in bands if b.right is not None]
-        known = (Full, Band, Dilated, Heads)
-        return cls(
-            left=min(lefts, default=None),
-            right=min(rights, default=None),
-            dilated=tuple(dict.fromkeys(c for c in conjuncts(pattern) if isinstance(c, Dilated))),
-            heads=tuple(dict.fromkeys(c for c in conjuncts(pattern) if isinstance(c, Heads))),
-            opaque=frozenset(c for c in conjuncts(pattern) if not isinstance(c, known)),
-        )
+        return _split(pattern)
 
     @property
     def banded(self) -> bool:
@@ -84,6 +74,22 @@ class Conjunction:
     def offsets(self, head: int) -> tuple[int, ...]:
         """Return the dilation offset of ``head`` for each of :attr:`dilated`."""
         return tuple(part.offset_of(head) for part in self.dilated)
+
+
+@lru_cache(maxsize=512)
+def _split(pattern: Pattern) -> Conjunction:
+    """Return :meth:`Conjunction.of`, remembered: rules, passes and prices ask for the same few again and again."""
+    bands = [c for c in conjuncts(pattern) if isinstance(c, Band)]
+    lefts = [b.left for b in bands if b.left is not None]
+    rights = [b.right for b in bands if b.right is not None]
+    known = (Full, Band, Dilated, Heads)
+    return Conjunction(
+        left=min(lefts, default=None),
+        right=min(rights, default=None),
+        dilated=tuple(dict.fromkeys(c for c in conjuncts(pattern) if isinstance(c, Dilated))),
+        heads=tuple(dict.fromkeys(c for c in conjuncts(pattern) if isinstance(c, Heads))),
+        opaque=frozenset(c for c in conjuncts(pattern) if not isinstance(c, known)),
+    )
 
 
 @attrs.frozen(cache_hash=True)
