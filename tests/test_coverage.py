@@ -207,7 +207,7 @@ ROWS = RowMap(0, 0, (Axis(2, head=1), Axis(4, row=2)))
         (P.window(2) | P.segments(4), ROWS, ROWS, "keeps a segment condition over rows that were taken apart"),
         (~P.causal(), ROWS, RowMap(0, 0, (Axis(2, head=1), Axis(8, row=1))), "query rows step by 2, keys by 1"),
         (P.causal(), ROWS, RowMap(0, 0, (Axis(2, head=1), Axis(8, row=1))), "query rows step by 2, keys by 1"),
-        (P.causal(), RowMap(0, 0, (Axis(2), Axis(1))), RowMap(0, 0, (Axis(2), Axis(1))), "query rows step by 0"),
+        (P.causal(), *[RowMap(0, 0, (Axis(2, head=1), Axis(1)))] * 2, "query rows step by 0"),
         (
             P.causal(),
             RowMap(0, 0, (Axis(2, row=4), Axis(4, row=1))),
