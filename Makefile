@@ -24,7 +24,8 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow and not timing'
+	$(BIN)/pytest -m 'timing and not slow'
 
 test-slow: $(VENV)/.ready
 	$(BIN)/pytest -m slow

@@ -29,6 +29,7 @@ def test_longnet_is_4_times_as_fast_as_its_equivalent_sdpa_call_and_3_times_as_f
     assert row["times_faster_than_dense"] >= 3, row["seconds"]
 
 
+@pytest.mark.slow
 def test_grouped_dilation_takes_at_most_5_percent_more_than_strided_sdpa_by_hand():
     for backward in (False, True):
         row = dilated.row(8192, 9, backward, rounds=5)
@@ -55,6 +56,7 @@ def test_block_tables_of_longnet_take_a_second_or_are_refused_with_their_size():
             assert row["peak_mib"] <= 250, row
 
 
+@pytest.mark.slow
 def test_sparse_plans_beat_sdpa_with_a_dense_mask():
     """At 16,384 tokens, as promised; the least disturbed rounds, for the masked call is slow and there are few."""
     for name, forward, training in (("window 512", 15, 6), ("longformer 512 + 64 global", 8, 4)):
