@@ -9,16 +9,14 @@ from attnplan.cost import Target
 from attnplan.errors import NoBackendError, SpecError, did_you_mean
 from attnplan.spec import OPERANDS, AttentionSpec, Dim
 
-_LATER = {
-    "sink_logits": "learnable sink logits need a kernel backend, which is not in this version",
-    "bias": "a bias on scores is not in this version",
-}
-
 _DECLARED_BY = {
     "documents": "P.documents()",
     "key_padding": "P.padding()",
     "q_offset": "q_offset=True",
     "dropout_seed": "dropout above 0",
+    "bias": "bias=True",
+    "alibi_slopes": "alibi_slopes=True",
+    "sink_logits": "sink_logits=True",
 }
 
 
@@ -44,7 +42,7 @@ def check_call(
         from attnplan.runtime.masks import check_operands
 
         rows = 2 if spec.layout == "bhsd" else 1
-        check_operands(operands, q.shape[0], q.shape[rows], k.shape[rows], q.device)
+        check_operands(operands, (q.shape[0], spec.heads, q.shape[rows], k.shape[rows]), q.device)
     if return_lse and not spec.has_lse:
         raise SpecError(
             f"there is no one LSE under mix={spec.rule!r}: return_lse needs the rule 'lse' or 'lse-detached'"
@@ -64,8 +62,6 @@ def check_operand_names(operands: Mapping[str, Any], allowed: frozenset[str]) ->
     for name in operands:
         if name in allowed:
             continue
-        if name in _LATER:
-            raise SpecError(f"{name}: {_LATER[name]}")
         if name not in OPERANDS:
             raise SpecError(f"unknown operand {name!r}{did_you_mean(name, OPERANDS)}")
         raise SpecError(f"this plan takes no {name}: its spec would need {_DECLARED_BY[name]}")

@@ -36,6 +36,7 @@ def lower(spec: AttentionSpec) -> Graph:
                 softcap=spec.softcap,
                 dropout=spec.dropout,
                 precision=spec.precision,
+                biases=spec.biases,
             ),
             q,
             k,
@@ -44,7 +45,7 @@ def lower(spec: AttentionSpec) -> Graph:
         for branch, where in enumerate(spec.branches)
     ]
     if not isinstance(spec.pattern, Mixture):
-        return builder.build(builder.add(Output(), *attends))
+        return builder.build(builder.add(Output(sinks=spec.sink_logits), *attends))
     # Where positions arrive with the call a proof reads no condition, so a branch without heads stays too.
     taken = [b for b, where in enumerate(spec.branches) if spec.q_offset or _has_heads(where, spec.heads)] or [0]
     mixed = builder.add(
@@ -57,7 +58,7 @@ def lower(spec: AttentionSpec) -> Graph:
         ),
         *(attends[b] for b in taken),
     )
-    return builder.build(builder.add(Output(), mixed))
+    return builder.build(builder.add(Output(sinks=spec.sink_logits), mixed))
 
 
 def _has_heads(where: Pattern, heads: int) -> bool:

@@ -20,7 +20,11 @@ from attnplan.patterns.mixtures import Mixture
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 LAYOUTS = ("bhsd", "bshd")
 PRECISIONS = ("ieee", "tf32")
-OPERANDS = ("documents", "key_padding", "q_offset", "dropout_seed")
+OPERANDS = ("documents", "key_padding", "q_offset", "dropout_seed", "bias", "alibi_slopes", "sink_logits")
+BIASES = ("alibi_slopes", "bias")
+"""Operands that are added to scores."""
+LEARNED = (*BIASES, "sink_logits")
+"""Operands that have gradients."""
 
 
 @attrs.frozen
@@ -99,6 +103,16 @@ class AttentionSpec:
     q_offset
         If True, the position of query row 0 arrives with each call as the operand ``q_offset``. Otherwise row i has
         position ``i + kv_len - seq_len``.
+    bias
+        If True, each call brings the operand ``bias``, ``[H, S, K]`` or ``[B, H, S, K]`` with sizes of 1 where it
+        broadcasts, which is added to the scores after scale and softcap. It has gradients.
+    alibi_slopes
+        If True, each call brings the operand ``alibi_slopes``, ``[H]`` or ``[B, H]``: ``-slope * |i - j|`` is added to
+        the score of the query at position i and the key at position j. It has gradients.
+    sink_logits
+        If True, each call brings the operand ``sink_logits``, ``[H]``: every softmax of head h has one more key, of
+        this score and of value 0. It has gradients. Under the rule ``"lse"`` of a mixture it is one key for all
+        branches; under the others there is no one softmax, and it is refused.
 
     Raises
     ------
@@ -115,6 +129,11 @@ class AttentionSpec:
     Traceback (most recent call last):
     ...
     attnplan.errors.SpecError: kv_heads=3 does not divide heads=8; grouped-query attention needs heads % kv_heads == 0
+
+    References
+    ----------
+    Press et al., ALiBi, arXiv 2108.12409; Raffel et al., relative position bias, arXiv 1910.10683; sink logits:
+    OpenAI, gpt-oss model card, arXiv 2508.10925.
     """
 
     seq_len: int | Dim
@@ -135,6 +154,9 @@ class AttentionSpec:
     training: bool = False
     ring_size: int = 1
     q_offset: bool = False
+    bias: bool = False
+    alibi_slopes: bool = False
+    sink_logits: bool = False
 
     def __attrs_post_init__(self) -> None:
         self._check_sizes()
@@ -142,6 +164,13 @@ class AttentionSpec:
         if not isinstance(self.pattern, P.Pattern | Mixture):
             raise SpecError(f"pattern must be a pattern or mixture, got {self.pattern!r}; write pattern=P.window(512)")
         self._check_pattern()
+        if self.sink_logits and self.rule != "lse":
+            raise SpecError(
+                f"sink_logits join one softmax, and under mix={self.rule!r} each branch has its own; use the rule 'lse'"
+            )
+        if self.ring_size > 1 and (self.biases or self.sink_logits):
+            given = " and ".join(name for name in LEARNED if getattr(self, name))
+            raise SpecError(f"{given} need ring_size=1: no ring sums their gradients, got ring_size={self.ring_size}")
 
     def _check_sizes(self) -> None:
         for name in ("heads", "head_dim", "kv_heads", "value_dim", "batch", "ring_size"):
@@ -172,7 +201,7 @@ class AttentionSpec:
                 raise SpecError(f"{name} must be a positive finite number or None, got {value!r}")
         if not (isinstance(self.dropout, float | int) and 0 <= self.dropout < 1):
             raise SpecError(f"dropout must be a probability in [0, 1), got {self.dropout!r}")
-        for name in ("causal", "training", "q_offset"):
+        for name in ("causal", "training", "q_offset", *LEARNED):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
@@ -253,7 +282,13 @@ class AttentionSpec:
     def operands(self) -> frozenset[str]:
         """Names of the runtime operands that each call must bring."""
         positions = {"q_offset"} if self.q_offset else set()
-        return self.pattern.operands | positions | ({"dropout_seed"} if self.dropout else set())
+        learned = {name for name in LEARNED if getattr(self, name)}
+        return self.pattern.operands | positions | learned | ({"dropout_seed"} if self.dropout else set())
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """Names of the operands that are added to scores."""
+        return tuple(name for name in BIASES if getattr(self, name))
 
     @property
     def softmax_scale(self) -> float:

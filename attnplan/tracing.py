@@ -128,20 +128,30 @@ class Traced:
         return running._run(q, k, v, operands, return_lse)
 
     def gradients(
-        self, flow: Sequence[Tensor | None], given: Sequence[Tensor], operands: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk, dv from ``(grad, grad_lse)`` and ``(q, k, v, out, lse)``; for traced programs."""
+        self,
+        flow: Sequence[Tensor | None],
+        given: Sequence[Tensor],
+        operands: Mapping[str, Any],
+        names: Sequence[str] = (),
+    ) -> tuple[Tensor, ...]:
+        """Return dq, dk, dv from ``(grad, grad_lse)`` and ``(q, k, v, out, lse)``; for traced programs.
+
+        Behind them come the gradients of the operands of these names.
+        """
         from attnplan.runtime.planned import gradients_by_autograd
 
         running = self._next or self
         program = running._program_at(given[0].shape[2], given[1].shape[2])
         own = getattr(program, "gradients", None)
         if own is not None:
-            found: tuple[Tensor, Tensor, Tensor] = own(flow, given, operands)
+            found: tuple[Tensor, ...] = own(flow, given, operands, names)
             return found
-        return gradients_by_autograd(
-            lambda q, k, v, lse: program(q, k, v, operands, lse), flow, given[:3], self._has_lse
-        )
+
+        def call(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+            *more, lse = rest
+            return program(q, k, v, {**operands, **dict(zip(names, more, strict=True))}, lse)
+
+        return gradients_by_autograd(call, flow, (*given[:3], *(operands[n] for n in names)), self._has_lse)
 
     def warmup(
         self, batch: int | None = None, *, seq_len: int | None = None, kv_len: int | None = None, backward: bool = False
@@ -189,7 +199,7 @@ class Traced:
         for s, h, d in zip(rows, heads, features, strict=True):
             sizes = (batch or self.spec.batch, *((s, h) if self._swapped else (h, s)), d)
             made.append(torch.zeros(sizes, dtype=self._dtype, device=self.target.torch_device, requires_grad=backward))
-        operands = neutral_operands(self.spec.operands, made[0].shape[0], rows[1], made[0].device)
+        operands = neutral_operands(self.spec.operands, made[0].shape[0], heads[0], rows[1], made[0].device)
         with torch.set_grad_enabled(backward):
             out = self(*made, **operands)
         if backward:

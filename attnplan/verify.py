@@ -13,7 +13,7 @@ import attrs
 
 from attnplan.errors import NoBackendError, SpecError, VerifyError
 from attnplan.ir.coverage import check_coverage, coverage, spec_coverage
-from attnplan.spec import AttentionSpec
+from attnplan.spec import LEARNED, AttentionSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,6 +86,8 @@ def _compare(plan: Plan, rows: int, seed: int) -> tuple[Check, ...]:
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (x.to(device).requires_grad_() for x in random_inputs(spec, generator))
     operands: dict[str, Any] = {name: x.to(device) for name, x in random_operands(spec, generator).items()}
+    names = [name for name in LEARNED if name in operands]
+    leaves = (q, k, v, *(operands[name].requires_grad_() for name in names))
     flat = torch.randint(0, spec.heads * spec.shape.seq_len, (rows,), generator=generator)
     flat = torch.unique(flat).to(device)
     heads, positions = flat // spec.shape.seq_len, flat % spec.shape.seq_len
@@ -93,10 +95,11 @@ def _compare(plan: Plan, rows: int, seed: int) -> tuple[Check, ...]:
     swap = spec.layout == "bshd"
     got = (out.transpose(1, 2) if swap else out)[:, heads, positions]
     upstream = torch.randn(got.shape, generator=generator).to(device, torch.float64)
-    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    inner = [x.transpose(1, 2) for x in wide] if swap else wide
-    want, want_lse = sampled_attention(spec, inner[0], inner[1], inner[2], operands, heads, positions)
-    grads = torch.autograd.grad((got * upstream.to(got.dtype)).sum(), (q, k, v))
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    inner = [x.transpose(1, 2) for x in wide[:3]] if swap else wide
+    given = {**operands, **dict(zip(names, wide[3:], strict=True))}
+    want, want_lse = sampled_attention(spec, inner[0], inner[1], inner[2], given, heads, positions)
+    grads = torch.autograd.grad((got * upstream.to(got.dtype)).sum(), leaves)
     wanted = torch.autograd.grad((want * upstream.to(got.dtype).double()).sum(), wide)
     limit, gradient_limit = TOLERANCES[spec.dtype], GRADIENT_TOLERANCES[spec.dtype]
     checks = [Check("output", relative_error(got, want), limit)]
@@ -104,7 +107,7 @@ def _compare(plan: Plan, rows: int, seed: int) -> tuple[Check, ...]:
         checks.append(Check("lse", _lse_error(lse[:, heads, positions], want_lse), max(limit, 2e-6)))
     checks += [
         Check(f"grad {name}", relative_error(g, w), gradient_limit)
-        for name, g, w in zip("qkv", grads, wanted, strict=True)
+        for name, g, w in zip((*"qkv", *names), grads, wanted, strict=True)
     ]
     return tuple(checks)
 
@@ -126,6 +129,10 @@ def random_inputs(spec: AttentionSpec, generator: Any) -> list[Tensor]:
     ]
 
 
+_MOST_BIAS = 1 << 24
+"""Elements of a random bias; a larger one is the same for all rows."""
+
+
 def random_operands(spec: AttentionSpec, generator: Any) -> dict[str, Tensor]:
     """Return random runtime operands that a spec asks for, on the CPU."""
     import torch
@@ -142,6 +149,11 @@ def random_operands(spec: AttentionSpec, generator: Any) -> dict[str, Tensor]:
         operands["q_offset"] = torch.tensor(max(0, spec.shape.shift))
     if "dropout_seed" in spec.operands:
         operands["dropout_seed"] = torch.randint(2**31, (), generator=generator)
+    rows = spec.shape.seq_len if spec.heads * spec.shape.seq_len * length <= _MOST_BIAS else 1
+    sizes = {"bias": (spec.heads, rows, length), "alibi_slopes": (spec.heads,), "sink_logits": (spec.heads,)}
+    for name in LEARNED:
+        if name in spec.operands:
+            operands[name] = torch.rand(sizes[name], generator=generator)
     return operands
 
 
@@ -187,11 +199,37 @@ def sampled_attention(
                     softcap=spec.softcap,
                     keep=_kept(spec, operands, head, rows, key, q.shape[0]),
                     dropout=spec.dropout,
+                    bias=_bias(spec, operands, head, rows, offset, key),
                 )
             )
         outs.append(torch.cat([out for out, _ in parts], dim=1))
         lses.append(torch.cat([lse for _, lse in parts], dim=1))
-    return _mixed(spec, torch.stack(outs), torch.stack(lses))
+    out, lse = _mixed(spec, torch.stack(outs), torch.stack(lses))
+    return (out, lse) if lse is None or not spec.sink_logits else _sunk(out, lse, operands["sink_logits"][heads])
+
+
+def _bias(
+    spec: AttentionSpec, operands: dict[str, Tensor], head: int, rows: Tensor, offset: Any, key: Tensor
+) -> Tensor | None:
+    """Return what is added to the scores of some rows of one head, ``[B or 1, n, K]``."""
+    parts = []
+    if spec.bias:
+        given = operands["bias"]
+        given = given if given.dim() == 4 else given.unsqueeze(0)
+        one = given[:, head if given.shape[1] > 1 else 0]
+        parts.append((one[:, rows] if one.shape[1] > 1 else one).double())
+    if spec.alibi_slopes:
+        slope = operands["alibi_slopes"].reshape(-1, spec.heads)[:, head].double().reshape(-1, 1, 1)
+        parts.append(-slope * ((rows + offset)[:, None] - key).abs())
+    return sum(parts[1:], start=parts[0]) if parts else None
+
+
+def _sunk(out: Tensor, lse: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return output ``[B, n, Dv]`` and LSE ``[B, n]`` with one more key of value 0 and score ``[n]`` in each row."""
+    import torch
+
+    total = torch.logsumexp(torch.stack([lse, logits.double().expand_as(lse)]), 0)
+    return out * torch.exp(lse - total).unsqueeze(-1), total
 
 
 def _kept(

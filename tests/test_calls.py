@@ -130,9 +130,9 @@ WRONG_OPERANDS = {
     r"q_offset must be an int tensor .*; got torch.float32 \[\]": {"q_offset": torch.tensor(1.0)},
     r"q_offset must be an int tensor .*; got torch.int64 \[3\]": {"q_offset": [1, 2, 3]},
     "unknown operand 'document'; did you mean 'documents'": {"document": [0, 20]},
-    "unknown operand 'foo'; known: documents, .*key_padding, q_offset": {"foo": 1},
-    "bias: a bias on scores is not in this version": {"bias": torch.zeros(2)},
-    "sink_logits: learnable sink logits need a kernel backend": {"sink_logits": torch.zeros(2)},
+    "unknown operand 'foo'; known: alibi_slopes, .*key_padding, q_offset, sink_logits": {"foo": 1},
+    "this plan takes no bias: its spec would need bias=True": {"bias": torch.zeros(2)},
+    "this plan takes no sink_logits: its spec would need sink_logits=True": {"sink_logits": torch.zeros(2)},
     "this plan takes no dropout_seed: its spec would need dropout above 0": {"dropout_seed": 3},
 }  # fmt: skip
 
@@ -248,7 +248,7 @@ def test_attention_says_what_it_cannot_take(message):
 WRONG_OPTIONS = {
     "unknown layout 'sbhd'; did you mean 'b[hs][hs]d'": {"layout": "sbhd"},
     "unknown operand 'document'; did you mean 'documents'": {"document": torch.tensor([0, 12])},
-    "bias: a bias on scores": {"bias": 1},
+    r"bias must be a floating-point tensor \[2, 12, 12\] or \[2, 2, 12, 12\], .*; got 1": {"bias": 1},
     "scale must be a positive finite number": {"scale": -1.0},
     "pattern must be a pattern or mixture, got 3": {"pattern": 3},
     "unknown backend 'flsh'": {"backend": "flsh"},

@@ -49,7 +49,8 @@ def test_equal_specs_hash_alike_and_differ_in_any_field():
     other = {
         "seq_len": 11, "heads": 8, "head_dim": 4, "pattern": P.causal(), "causal": True, "kv_len": 13, "kv_heads": 2,
         "value_dim": 4, "batch": 2, "dtype": "float32", "layout": "bshd", "scale": 0.5, "softcap": 3.0, "dropout": 0.1,
-        "precision": "tf32", "training": True, "ring_size": 2, "q_offset": True,
+        "precision": "tf32", "training": True, "ring_size": 2, "q_offset": True, "bias": True,
+        "alibi_slopes": True, "sink_logits": True,
     }  # fmt: skip
     assert sorted(other) == sorted(a.name for a in attrs.fields(AttentionSpec))
     assert len({BASE, *(spec(**{name: value}) for name, value in other.items())}) == len(other) + 1
@@ -244,7 +245,7 @@ def test_a_mask_cannot_be_saved():
         ({"seq_len": 8, "heads": 2}, "the spec has no head_dim; it needs seq_len, heads and head_dim"),
         ({"heads": 2, "head_dim": 2}, "the spec has no seq_len"),
         ({"seq_len": 8, "heads": 2, "head_dim": 2, "cuasal": True}, "unknown spec key 'cuasal'; did you mean 'causal'"),
-        ({"seq_len": 8, "heads": 2, "head_dim": 2, 7: True}, "unknown spec key 7; known: batch, causal"),
+        ({"seq_len": 8, "heads": 2, "head_dim": 2, 7: True}, "unknown spec key 7; known: alibi_slopes, batch"),
         ({"seq_len": {"max": 8}, "heads": 2, "head_dim": 2}, 'seq_len must be an int or a table such as { name = "s"'),
         ({"seq_len": {"name": "s", "max": "8"}, "heads": 2, "head_dim": 2}, "max of Dim 's' must be an int"),
         ({"seq_len": [8], "heads": 2, "head_dim": 2}, "seq_len must be an int, got"),

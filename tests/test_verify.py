@@ -122,7 +122,7 @@ def test_a_plain_merge_that_detaches_its_weights_is_caught_by_gradients_alone(mo
 )
 def test_a_wrong_scale_is_caught(monkeypatch, method, what):
     def louder(original):
-        return lambda self, *args, scale, **options: original(self, *args, scale=1.01 * scale, **options)
+        return lambda self, *args: original(self, *args[:-1], args[-1]._replace(scale=1.01 * args[-1].scale))
 
     wrapped(monkeypatch, kernels.FlashCPU, method, louder)
     assert_caught(LONGNET, what)
@@ -150,7 +150,7 @@ def test_a_dropped_mask_is_caught(monkeypatch):
 
 def test_a_kernel_that_forgets_causality_is_caught(monkeypatch):
     def bold(original):
-        return lambda self, *args, causal, **options: original(self, *args, causal=False, **options)
+        return lambda self, *args: original(self, *args[:-1], args[-1]._replace(causal=False))
 
     wrapped(monkeypatch, kernels.FlashCPU, "forward", bold)
     assert_caught(LONGNET, "output", strategy="lattice")

@@ -43,6 +43,20 @@ def reasons(limits: Limits, native: frozenset[str], graph: Graph, spec: Attentio
     yield from _numerics(limits, native, spec, device)
     yield from _sizes(limits, spec)
     yield from conditions(limits.title, native, graph)
+    yield from bias_reasons(limits.title, native, graph)
+    if spec.alibi_slopes and spec.dtype in HALF and "mask" in native:
+        yield f"{limits.title} adds a bias in {spec.dtype}, which rounds the distances of alibi_slopes beyond 256"
+
+
+def bias_reasons(title: str, native: frozenset[str], graph: Graph) -> Iterator[str]:
+    """Yield why a kernel cannot add the biases of the first attend that has some."""
+    for node, op in graph.of(Attend):
+        if op.biases and "mask" not in native:
+            yield f"{title} adds nothing to scores, %{node.id} has {' and '.join(op.biases)}"
+            return
+        if op.biases and op.tile is not None:
+            yield f"{title} gathers tiles of keys and none of a bias, %{node.id} has {' and '.join(op.biases)}"
+            return
 
 
 def _numerics(limits: Limits, native: frozenset[str], spec: AttentionSpec, device: Device) -> Iterator[str]:

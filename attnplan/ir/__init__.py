@@ -1,7 +1,7 @@
 """The intermediate representation: frozen nodes whose types say which rows of which tensor they hold."""
 
 from attnplan.ir.graph import Builder, Graph, Node, rewrite
-from attnplan.ir.ops import Attend, Input, Merge, Mix, Op, Output, Take, TensorType
+from attnplan.ir.ops import Attend, Input, Merge, Mix, Op, Output, Receive, Take, TensorType
 from attnplan.ir.rows import Axis, RowMap
 from attnplan.ir.text import parse_graph, print_graph
 
@@ -16,6 +16,7 @@ __all__ = [
     "Node",
     "Op",
     "Output",
+    "Receive",
     "RowMap",
     "Take",
     "TensorType",

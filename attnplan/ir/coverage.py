@@ -41,6 +41,7 @@ class Term:
     softcap: float | None
     dropout: float
     precision: str
+    biases: tuple[str, ...] = ()
     mixing: tuple[object, ...] = ()
 
 
@@ -53,6 +54,8 @@ class Coverage:
 
     inputs: frozenset[Input]
     pairs: Pairs
+    sinks: bool = False
+    """Whether every row meets its head's sink too."""
 
 
 def coverage(graph: Graph) -> Coverage:
@@ -64,7 +67,8 @@ def coverage(graph: Graph) -> Coverage:
         If an attend keeps a condition that has no closed form over its rows.
     """
     inputs = frozenset(op for _, op in graph.of(Input))
-    return Coverage(inputs, _node_coverage(graph, graph.output))
+    op = graph.output.op
+    return Coverage(inputs, _node_coverage(graph, graph.output), isinstance(op, Output) and op.sinks)
 
 
 def _node_coverage(graph: Graph, node: Node) -> Pairs:
@@ -91,6 +95,11 @@ def _mixing(op: Mix, branch: int) -> tuple[object, ...]:
     return (op.rule, branch) if op.rule == "lse-detached" else (op.rule, branch, op.weight(branch))
 
 
+def join_pairs(parts: Sequence[Pairs]) -> Pairs:
+    """Return the pairs of several graphs together."""
+    return _add(parts)
+
+
 def _add(parts: Sequence[Pairs]) -> Pairs:
     total: dict[Term, tuple[int, ...]] = {}
     for part in parts:
@@ -110,9 +119,10 @@ def attend_coverage(op: Attend, q: RowMap, k: RowMap) -> Pairs:
         If its condition has no closed form over its rows.
     """
     parts: list[Pairs] = []
+    q, k = op.positions(q, k)
     for condition, coefficient in _monomials(op.where, op.shift):
         shift = _shift(condition.opaque, op.shift)
-        term = Term(condition.opaque, shift, op.scale, op.softcap, op.dropout, op.precision)
+        term = Term(condition.opaque, shift, op.scale, op.softcap, op.dropout, op.precision, op.biases)
         parts.append({term: tuple(coefficient * attend_sum(probe, op, condition, q, k) for probe in PROBES)})
     return _add(parts)
 
@@ -150,11 +160,12 @@ def spec_coverage(spec: AttentionSpec) -> Coverage:
                 softcap=spec.softcap,
                 dropout=spec.dropout,
                 precision=spec.precision,
+                biases=spec.biases,
                 mixing=_spec_mixing(spec, branch),
             )
             values = (coefficient * _spec_sum(spec, branch, condition, shift or 0, probe) for probe in PROBES)
             parts.append({term: tuple(values)})
-    return Coverage(spec_inputs(spec), _add(parts))
+    return Coverage(spec_inputs(spec), _add(parts), spec.sink_logits)
 
 
 def _spec_sum(spec: AttentionSpec, branch: int, condition: Conjunction, shift: int, probe: Probe) -> int:
@@ -198,6 +209,8 @@ def check_coverage(expected: Coverage, got: Coverage, who: str) -> None:
     if expected.inputs != got.inputs:
         wrong = ", ".join(sorted(map(repr, got.inputs - expected.inputs)))
         raise VerifyError(f"{who} takes inputs that are not those of the spec: {wrong}")
+    if expected.sinks != got.sinks:
+        raise VerifyError(f"{who} {'lost' if expected.sinks else 'gained'} the sink logits")
     missing, extra = set(expected.pairs) - set(got.pairs), set(got.pairs) - set(expected.pairs)
     if missing or extra:
         raise VerifyError(f"{who} changed what is computed: lost {_describe(missing)}, gained {_describe(extra)}")
@@ -212,6 +225,7 @@ def _describe(terms: set[Term]) -> str:
             + (f", row 0 at {t.shift}" if t.opaque else "")
             + (f", dropout {t.dropout:.6g}" if t.dropout else "")
             + (f", {t.precision}" if t.precision != "ieee" else "")
+            + (f", with {' and '.join(t.biases)}" if t.biases else "")
             + (f", mixed by {t.mixing}" if t.mixing else "")
             for t in terms
         )
@@ -219,4 +233,4 @@ def _describe(terms: set[Term]) -> str:
     )
 
 
-__all__ = ["Coverage", "Term", "check_coverage", "coverage", "spec_coverage", "spec_inputs"]
+__all__ = ["Coverage", "Term", "check_coverage", "coverage", "join_pairs", "spec_coverage", "spec_inputs"]

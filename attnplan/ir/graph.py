@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 import attrs
 
 from attnplan.errors import PassError
-from attnplan.ir.ops import Input, Merge, Mix, Op, Output, Take, TensorType
+from attnplan.ir.launch import verify_launches
+from attnplan.ir.ops import Input, Merge, Mix, Op, Output, Receive, Take, TensorType
 
 if TYPE_CHECKING:
     import networkx
@@ -80,12 +81,13 @@ class Graph:
             raise PassError("a graph has the inputs q, k and v, once each")
         if self.output.type.rows != self.inputs["q"].type.rows:
             raise PassError("the output does not hold every row of q once, in order")
+        verify_launches(self)
 
     def _verify_node(self, place: int, node: Node) -> None:
         if node.id != place or any(not 0 <= a < place for a in node.args):
             raise PassError(f"%{node.id} stands at place {place} and takes {list(node.args)}: nodes are out of order")
-        if isinstance(node.op, Take) and not all(isinstance(n.op, Input) for n in self.args(node)):
-            raise PassError(f"%{node.id} takes rows of rows: a take reads an input")
+        if isinstance(node.op, Take) and not all(isinstance(n.op, Input | Receive) for n in self.args(node)):
+            raise PassError(f"%{node.id} takes rows of rows: a take reads an input, or what was received")
         if isinstance(node.op, Merge | Mix) and node.op.rows != self.nodes[-1].type.rows:
             raise PassError(f"%{node.id} {node.op.name} does not write every row of q once, in order")
         inferred = node.op.infer([self.nodes[a].type for a in node.args])
@@ -139,7 +141,7 @@ class Builder:
     def source(self, node_id: int) -> int:
         """Return the input that a node is, or takes rows of."""
         node = self._nodes[node_id]
-        return node.id if isinstance(node.op, Input) else self.source(node.args[0])
+        return node.id if isinstance(node.op, Input | Receive) else self.source(node.args[0])
 
     def build(self, output: int) -> Graph:
         """Return the graph that ends in ``output``, without the nodes it does not need (inputs always stay)."""

@@ -68,7 +68,7 @@ def lowered(graph: Graph, node: Node, native: frozenset[str]) -> Lowered | None:
     where, documents = split_documents(op.where)
     if documents:
         whole = not any(isinstance(n.op, Take) for n in graph.args(node))
-        if "documents" not in native or not whole or q.length != k.length or op.shift != 0:
+        if "documents" not in native or not whole or q.length != k.length or op.shift != 0 or op.at is not None:
             return None
     window = native_window(attrs.evolve(op, where=where), q, k)
     if window is None or not knows(native, window, square=q.length == k.length):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 from typing import ClassVar
 
 import attrs
 
 from attnplan.errors import PassError
+from attnplan.ir.buffers import Buffer
 from attnplan.ir.rows import Axis, RowMap
 from attnplan.patterns import Pattern, full
 from attnplan.patterns.grids import Neighborhood
@@ -117,13 +119,31 @@ class Attend(Op):
     softcap: float | None = None
     dropout: float = 0.0
     precision: str = "ieee"
+    biases: tuple[str, ...] = ()
+    """Operands that are added to scores, after scale and softcap: ``"alibi_slopes"``, ``"bias"``."""
     tile: tuple[int, int] | None = None
     """(queries, keys) of the tiles that are run one by one, the empty ones left out; None runs all pairs at once."""
     boxes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     """Boxes of queries and of keys on the grid of a neighbourhood, in whose order the rows are cut into tiles."""
+    launch: int | None = None
+    """Attends of one number are one kernel call, over rows gathered into one buffer; None is a call of its own."""
+    at: tuple[RowMap, RowMap] | None = None
+    """Which (head, row) of the whole sequence each element of q and of k is, where the inputs hold some rows only."""
+    loop: tuple[int, int] | None = None
+    """(queries, keys) of the blocks of scores that are computed one after the other, by an online softmax; None is all
+    at once. What is computed does not depend on it."""
+
+    def positions(self, q: RowMap, k: RowMap) -> tuple[RowMap, RowMap]:
+        """Return which (head, row) of the whole sequence the elements of two operands are.
+
+        Conditions, and the proof, read these; the maps of the operands themselves are addresses in the inputs.
+        """
+        return (q, k) if self.at is None else self.at
 
     def infer(self, types: Sequence[TensorType]) -> TensorType:
         _need(self.tile is None or (len(self.tile) == 2 and min(self.tile) > 0), self, f"tile {self.tile} is no tile")
+        _need(self.loop is None or (len(self.loop) == 2 and min(self.loop) > 0), self, f"loop {self.loop} is no block")
+        _need(self.loop is None or not (self.tile or self.dropout), self, "loops over no tiles, and under no dropout")
         _need(
             self.boxes is None or self._boxes_fit(), self, f"boxes {self.boxes} do not tile the grid of {self.where!r}"
         )
@@ -136,7 +156,18 @@ class Attend(Op):
         _need(len(q.rows.axes) == len(k.rows.axes), self, "q and k have different numbers of axes")
         for a, b in zip(q.rows.batch, k.rows.batch, strict=True):
             _need(b.size in (1, a.size), self, f"batch axes do not broadcast: {q.rows.sizes} and {k.rows.sizes}")
+        self._check_positions(q.rows, k.rows)
         return TensorType("o", q.rows, v.features, q.dtype, lse=True)
+
+    def _check_positions(self, q: RowMap, k: RowMap) -> None:
+        if self.at is None:
+            return
+        _need(self.tile is None, self, "tiles are cut over whole sequences, the inputs hold some rows only")
+        for name, rows, at in (("q", q, self.at[0]), ("k", k, self.at[1])):
+            _need(at.sizes == rows.sizes, self, f"{name} has sizes {rows.sizes}, and stands at {at.sizes}")
+            _need(at.axes[-1].head == 0, self, f"{name} changes the head along the rows that attention runs over")
+        steps = ([a.head for a in rows.axes if a.size > 1] for rows in (q, self.at[0]))
+        _need(len({tuple(s) for s in steps}) == 1, self, "q stands at heads that its rows do not step over alike")
 
     def _boxes_fit(self) -> bool:
         grid = self.where.shape if isinstance(self.where, Neighborhood) else None
@@ -153,11 +184,34 @@ def _same_kind(op: Op, types: Sequence[TensorType]) -> None:
 
 
 @attrs.frozen(cache_hash=True)
+class Receive(Op):
+    """A collective: the rows of k or v that a rank attends over in one hop, its own and those of its peers."""
+
+    name: ClassVar[str] = "receive"
+    hop: int
+    store: tuple[RowMap, ...]
+    """Rows of the whole sequence, one map after the other; see :class:`~attnplan.ir.buffers.Buffer`."""
+    peers: tuple[tuple[int, int], ...] = ()
+    """(rank, number of elements that it sends), for each peer that sends any."""
+
+    def infer(self, types: Sequence[TensorType]) -> TensorType:
+        _need(len(types) == 1 and types[0].tensor in ("k", "v"), self, "takes this rank's k or v")
+        _need(len(self.store) > 0 and all(m.elements_count for m in self.store), self, "receives no rows")
+        buffer, rows = Buffer(self.store), types[0].rows
+        middle = [Axis(1)] if len(rows.axes) == 3 else []
+        return attrs.evolve(
+            types[0], rows=RowMap(0, 0, (Axis(buffer.heads, head=1), *middle, Axis(buffer.rows, row=1)))
+        )
+
+
+@attrs.frozen(cache_hash=True)
 class Merge(Op):
     """Join parts of one softmax by their log-sum-exps; rows that no part covers get output 0 and LSE -inf."""
 
     name: ClassVar[str] = "merge"
     rows: RowMap
+    pull: bool = False
+    """Whether one kernel writes each row once, from the parts that hold it."""
 
     def infer(self, types: Sequence[TensorType]) -> TensorType:
         _same_kind(self, types)
@@ -177,6 +231,8 @@ class Mix(Op):
     """Number of branches, covered or not."""
     weights: tuple[float, ...] | None = None
     """Constant weight of each of the ``count`` branches, for the sum."""
+    pull: bool = False
+    """Whether one kernel writes each row once, from the parts that hold it."""
 
     def weight(self, branch: int) -> float:
         """Return the constant weight of a branch under the ``mean`` and ``sum`` rules."""
@@ -200,19 +256,31 @@ class Output(Op):
     """The result of the graph."""
 
     name: ClassVar[str] = "output"
+    sinks: bool = False
+    """Whether the softmax of every row has one more key, of value 0, whose score is its head's sink logit."""
+    loop: tuple[int, int, int] | None = None
+    """(batch elements, key/value heads, query rows) of the pieces of the output for which the whole graph is run, one
+    after the other; None is all at once. See :mod:`attnplan.passes.chunk`."""
+    recompute: bool = False
+    """Whether the backward computes again what it needs beside q, k, v, the output and its LSE; a loop always does."""
 
     def infer(self, types: Sequence[TensorType]) -> TensorType:
+        _need(not self.sinks or types[0].lse, self, "joins sink logits by LSE, and there is none")
         _need(len(types) == 1 and types[0].tensor == "o", self, "takes one attention output")
+        _need(self.loop is None or (len(self.loop) == 3 and min(self.loop) > 0), self, f"loop {self.loop} is no piece")
         return types[0]
 
 
-OPS: dict[str, type[Op]] = {op.name: op for op in (Input, Take, Attend, Merge, Mix, Output)}
+OPS: dict[str, type[Op]] = {op.name: op for op in (Input, Take, Receive, Attend, Merge, Mix, Output)}
 
 
 def disjoint(maps: Sequence[RowMap]) -> bool:
     """Return whether no two maps share a (head, row); may say False of maps whose row ranges interleave."""
-    if len(maps) < 2:
-        return True
+    return len(maps) < 2 or _disjoint(tuple(maps))
+
+
+@lru_cache(maxsize=256)
+def _disjoint(maps: tuple[RowMap, ...]) -> bool:
     ranges: dict[int, list[tuple[int, int]]] = {}
     for rows in maps:
         for head, extent in rows.head_extents().items():

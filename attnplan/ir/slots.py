@@ -23,12 +23,13 @@ def slot_condition(op: Attend, q: RowMap, k: RowMap) -> Condition:
     >>> slot_condition(Attend(where=causal()), whole, whole), slot_condition(Attend(where=window(2)), whole, whole)
     ('causal', 'mask')
     """
+    q, k = op.positions(q, k)
     known = Conjunction.of(op.where)
     if known.opaque or known.dilated or known.heads:
         return "mask"
     if not known.banded:
         return "full"
-    limits = slot_band(op, q, k)
+    limits = _band(op, q, k)
     if limits is None:
         return "mask"
     low, high = limits
@@ -51,6 +52,10 @@ def slot_band(op: Attend, q: RowMap, k: RowMap) -> tuple[int | None, int | None]
     >>> slot_band(Attend(where=window(3, 1)), whole, whole)
     (-1, 3)
     """
+    return _band(op, *op.positions(q, k))
+
+
+def _band(op: Attend, q: RowMap, k: RowMap) -> tuple[int | None, int | None] | None:
     stride = q.axes[-1].row
     if op.shift is None or not _same_steps(q, k) or (stride != k.axes[-1].row and max(q.length, k.length) > 1):
         return None
@@ -70,6 +75,8 @@ def _same_steps(q: RowMap, k: RowMap) -> bool:
 def mask_rows(op: Attend, q: RowMap, k: RowMap) -> tuple[RowMap, RowMap]:
     """Return the maps over which a mask has to be built: one place stands for a batch axis along which it is the same.
 
+    They are positions in the whole sequence.
+
     A band is the same wherever queries and keys move together.
 
     Examples
@@ -79,6 +86,7 @@ def mask_rows(op: Attend, q: RowMap, k: RowMap) -> tuple[RowMap, RowMap]:
     >>> mask_rows(Attend(where=window(2)), chunks, chunks)[0].sizes
     (1, 4)
     """
+    q, k = op.positions(q, k)
     known = Conjunction.of(op.where)
     if known.opaque or known.dilated or known.heads or not _same_steps(q, k):
         return q, k

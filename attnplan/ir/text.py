@@ -42,6 +42,8 @@ def _print_value(value: Any) -> str:
     if isinstance(value, RowMap):
         axes = ", ".join(f"({a.size}, {a.head}, {a.row})" for a in value.axes)
         return f"rows({value.head}, {value.row}, [{axes}])"
+    if isinstance(value, tuple) and any(isinstance(item, RowMap | tuple) for item in value):
+        return f"({', '.join(map(_print_value, value))}{',' * (len(value) == 1)})"
     return repr(value)
 
 
@@ -98,6 +100,8 @@ def _parse_value(node: ast.expr) -> Any:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "rows":
         head, row, axes = (ast.literal_eval(a) for a in node.args)
         return RowMap(head, row, tuple(Axis(*a) for a in axes))
+    if isinstance(node, ast.Tuple):
+        return tuple(_parse_value(item) for item in node.elts)
     if isinstance(node, ast.Call | ast.BinOp) or (isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert)):
         pattern = from_syntax(node)
         if isinstance(pattern, Mixture) or not isinstance(pattern, Pattern):

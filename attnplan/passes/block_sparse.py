@@ -46,7 +46,7 @@ class BlockSparse(Pass):
 
     def _visit(self, builder: Builder, node: Node, args: tuple[int, ...]) -> int | None:
         op = node.op
-        if not isinstance(op, Attend) or op.tile is not None:
+        if not isinstance(op, Attend) or op.tile is not None or op.at is not None:
             return None
         q, k = (builder.type(a).rows for a in args[:2])
         if slot_condition(op, q, k) != "mask":

@@ -50,7 +50,7 @@ def _merge(builder: Builder, op: Merge, args: tuple[int, ...]) -> int:
 
 def simplify(op: Attend, q: TensorType, k: TensorType) -> Pattern:
     """Return the simplest spelling of an attend's condition over whole rows of q and k."""
-    if op.shift is None or not (q.rows.keeps_rows and k.rows.keeps_rows):
+    if op.shift is None or op.at is not None or not (q.rows.keeps_rows and k.rows.keeps_rows):
         return _join([c for c in dict.fromkeys(conjuncts(op.where)) if c != full()])
     known = Conjunction.of(op.where)
     first, last, keys = op.shift, op.shift + q.rows.length - 1, k.rows.length

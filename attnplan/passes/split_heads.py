@@ -52,7 +52,7 @@ class SplitHeads(Pass):
 
 def _visit(builder: Builder, node: Node, args: tuple[int, ...]) -> int | None:
     op = node.op
-    if not isinstance(op, Attend) or op.shift is None:
+    if not isinstance(op, Attend) or op.shift is None or op.at is not None:
         return None
     q, k = (builder.type(a).rows for a in args[:2])
     conjunction = Conjunction.of(op.where)

@@ -8,7 +8,7 @@ torch tensors and the scalars of a vmapped mask function.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
@@ -27,6 +27,14 @@ P = TypeVar("P", bound="Pattern")
 def digest(data: object) -> str:
     """Return a short stable name for frozen data, used to name its table."""
     return hashlib.blake2b(repr(data).encode(), digest_size=6).hexdigest()
+
+
+def in_trace(self: Any, function: Callable[..., Any], *arguments: object) -> Any:
+    """Return ``function(pattern, *arguments)``; a compiler's trace calls it once and keeps the result."""
+    return function(self, *arguments)
+
+
+in_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what torch.compiler.assume_constant_result sets
 
 
 @attrs.frozen
@@ -104,6 +112,8 @@ class Pattern:
     def walk(self) -> Iterator[Pattern]:
         """Iterate over this pattern and everything inside it."""
         yield self
+
+    in_trace = in_trace
 
     def __and__(self, other: object) -> Pattern:
         return _join(And, self, other)

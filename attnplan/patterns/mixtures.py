@@ -15,7 +15,7 @@ import attrs
 
 from attnplan.errors import SpecError, did_you_mean
 from attnplan.patterns.bands import Full
-from attnplan.patterns.base import Pattern, Shape, conjuncts, require, require_int
+from attnplan.patterns.base import Pattern, Shape, conjuncts, in_trace, require, require_int
 from attnplan.patterns.segments import OFFSETS, Dilated, Heads
 
 RULES = ("lse", "lse-detached", "mean", "sum")
@@ -29,6 +29,7 @@ class Mixture:
 
     where: Pattern = attrs.field(factory=Full, kw_only=True)
     """A condition on every branch."""
+    in_trace = in_trace
 
     @property
     def rule(self) -> str:

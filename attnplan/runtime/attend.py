@@ -10,11 +10,12 @@ from torch import Tensor
 
 from attnplan.ir.launch import fold
 from attnplan.ir.native import EVERYTHING, Window
-from attnplan.runtime.kernels import Native, softmax_attention
+from attnplan.runtime.kernels import Request, softmax_attention
 from attnplan.runtime.kernels_all import KERNELS
 from attnplan.runtime.opaque import Opaque
 from attnplan.runtime.tables import BlockLists
 from attnplan.runtime.tiles import Tiles, attend_tiles, attend_tiles_backward
+from attnplan.runtime.views import accumulator
 
 _LSE_FEATURES = 8  # one would do; this keeps the feature count a multiple of what kernels like
 Mask = Tensor | Tiles | BlockLists | None
@@ -66,11 +67,6 @@ def _folding(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> _Folding | _Unfold
     return _Unfolded() if q.dim() == 4 else _Folding(q, k, v, KERNELS[kernel].groups)
 
 
-def native_of(mask: Mask, window: Window, softcap: float, documents: Tensor | None) -> Native:
-    """Return what a kernel is asked to do by itself."""
-    return Native(window, softcap, documents, mask if isinstance(mask, BlockLists) else None)
-
-
 def call(
     q: Tensor,
     k: Tensor,
@@ -84,7 +80,7 @@ def call(
     """Return the output of one call of another package's kernel, which the package differentiates."""
     one = KERNELS[kernel]
     assert isinstance(one, Opaque)
-    return one.direct(q, k, v, causal, scale, native_of(None, window, softcap, None))
+    return one.direct(q, k, v, Request(scale, causal, window=window, softcap=softcap))
 
 
 def attend(
@@ -98,6 +94,7 @@ def attend(
     window: Window = EVERYTHING,
     softcap: float = 0.0,
     documents: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (output, LSE) of attention by one kernel.
 
@@ -113,22 +110,17 @@ def attend(
     causal
         Whether row i sees key j only for j <= i.
     window, softcap, documents
-        What the kernel does by itself: see :class:`~attnplan.runtime.kernels.Native`.
+        What the kernel does by itself: see :class:`~attnplan.runtime.kernels.Request`.
+    bias
+        What is added to scores, broadcasting as the mask does.
     """
     if q.numel() == 0:
         return q.new_zeros((*q.shape[:-1], v.shape[-1])), _lse_zeros(q)
     if isinstance(mask, Tiles):
         return attend_tiles(q, k, v, mask, kernel, scale)
     folding = _folding(q, k, v, kernel)
-    out, lse = KERNELS[kernel].forward(
-        folding.pack(q),
-        folding.pack(k),
-        folding.pack(v),
-        causal=causal,
-        mask=_pack_mask(folding, mask, q, k),
-        scale=scale,
-        native=native_of(mask, window, softcap, documents),
-    )
+    asked = _request(folding, q, k, Request(scale, causal, None, bias, window, softcap, documents), mask)
+    out, lse = KERNELS[kernel].forward(folding.pack(q), folding.pack(k), folding.pack(v), asked)
     return folding.unpack(out), folding.unpack(lse)
 
 
@@ -147,6 +139,7 @@ def attend_backward(
     window: Window = EVERYTHING,
     softcap: float = 0.0,
     documents: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v from the merged output and LSE of the rows (design: Gradients).
 
@@ -156,9 +149,8 @@ def attend_backward(
     if q.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     features, value_features = q.shape[-1], v.shape[-1]
-    native = native_of(mask, window, softcap, documents)
     if grad_lse is not None and not _has_room(q, kernel):
-        rest = (mask, kernel, causal, scale, window, softcap, documents)
+        rest = (mask, kernel, causal, scale, window, softcap, documents, bias)
         from_out = attend_backward(grad, None, q, k, v, out, lse, *rest)
         grad, v, out = _lse_column_alone(grad, grad_lse, v)
         from_lse = attend_backward(grad, None, q, k, v, out, lse, *rest)
@@ -168,7 +160,8 @@ def attend_backward(
     if isinstance(mask, Tiles):
         dq, dk, dv = attend_tiles_backward(grad, q, k, v, out, lse, mask, kernel, scale)
     else:
-        dq, dk, dv = _kernel_backward(grad, q, k, v, out, lse, mask, kernel, causal, scale, native)
+        asked = Request(scale, causal, None, bias, window, softcap, documents)
+        dq, dk, dv = _kernel_backward(grad, q, k, v, out, lse, mask, kernel, asked)
     return dq[..., :features], dk[..., :features], dv[..., :value_features]
 
 
@@ -181,9 +174,7 @@ def _kernel_backward(
     lse: Tensor,
     mask: Tensor | BlockLists | None,
     kernel: str,
-    causal: bool,
-    scale: float,
-    native: Native,
+    asked: Request,
 ) -> tuple[Tensor, Tensor, Tensor]:
     folding = _folding(q, k, v, kernel)
     dq, dk, dv = KERNELS[kernel].backward(
@@ -193,10 +184,7 @@ def _kernel_backward(
         folding.pack(v),
         folding.pack(out),
         folding.pack(lse.unsqueeze(-1)).squeeze(-1),
-        causal=causal,
-        mask=_pack_mask(folding, mask, q, k),
-        scale=scale,
-        native=native,
+        _request(folding, q, k, asked, mask),
     )
     return folding.unpack(dq), _reduce_to(folding.unpack(dk), k), _reduce_to(folding.unpack(dv), v)
 
@@ -228,13 +216,22 @@ def _lse_column_alone(grad: Tensor, grad_lse: Tensor, v: Tensor) -> tuple[Tensor
 
 
 def _lse_zeros(q: Tensor) -> Tensor:
-    return q.new_zeros(q.shape[:-1], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return q.new_zeros(q.shape[:-1], dtype=accumulator(q.dtype))
 
 
-def _pack_mask(folding: _Folding | _Unfolded, mask: Tensor | BlockLists | None, q: Tensor, k: Tensor) -> Tensor | None:
-    if not isinstance(mask, Tensor):
-        return None
-    return folding.pack(mask.expand(*mask.shape[:-2], q.shape[-2], k.shape[-2]))
+def _request(
+    folding: _Folding | _Unfolded, q: Tensor, k: Tensor, asked: Request, mask: Tensor | BlockLists | None
+) -> Request:
+    """Return a request with its mask and bias, folded like the rest, or its lists of tiles."""
+
+    def packed(x: Tensor) -> Tensor:
+        return folding.pack(x.expand(*x.shape[:-2], q.shape[-2], k.shape[-2]))
+
+    if asked.bias is not None:
+        asked = asked._replace(bias=packed(asked.bias))
+    if isinstance(mask, Tensor):
+        return asked._replace(mask=packed(mask))
+    return asked if mask is None else asked._replace(blocks=mask)
 
 
 def _reduce_to(grad: Tensor, x: Tensor) -> Tensor:
@@ -253,18 +250,22 @@ def attend_plain(
     softcap: float | None = None,
     keep: Tensor | None = None,
     dropout: float = 0.0,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (output, LSE) of attention in plain torch, scores materialised.
 
-    Arguments as in :func:`attend`, with the softcap, and with the mask of kept pairs and the probability of dropout.
+    Arguments as in :func:`attend`, with the softcap, the bias, and with the mask of kept pairs and the probability of
+    dropout.
     """
     if causal:
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     group = q.shape[1] // k.shape[1] if q.dim() == 4 else 1
     if group > 1:  # grouped heads get an axis of their own, along which k and v broadcast
         q, k, v = split_heads(q, group), k.unsqueeze(2), v.unsqueeze(2)
-        mask, keep = _split_mask(mask, group), _split_mask(keep, group)
-    out, lse = softmax_attention(q, k, v, mask=mask, scale=scale, softcap=softcap, keep=keep, dropout=dropout)
+        mask, keep, bias = (_split_mask(x, group) for x in (mask, keep, bias))
+    out, lse = softmax_attention(
+        q, k, v, mask=mask, scale=scale, softcap=softcap, keep=keep, dropout=dropout, bias=bias
+    )
     return (out.flatten(1, 2), lse.flatten(1, 2)) if group > 1 else (out, lse)
 
 

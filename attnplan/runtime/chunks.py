@@ -22,7 +22,8 @@ from attnplan.patterns import Pattern, Shape
 from attnplan.patterns.tiles import BlockTable, Grid, block_table
 from attnplan.runtime.compiling import PerShape
 from attnplan.runtime.conditions import Condition, condition
-from attnplan.runtime.masks import runtime_tables
+from attnplan.runtime.scores import biased, pointwise
+from attnplan.runtime.tables import tables_by_shift
 from attnplan.runtime.views import accumulator
 
 _SCORES = 1 << 19
@@ -40,6 +41,8 @@ class Sizes:
     lengths: tuple[int, int]
     scale: float
     softcap: float | None
+    biases: tuple[str, ...] = ()
+    """Operands that are added to scores."""
 
 
 class Chunks:
@@ -84,25 +87,35 @@ Part = tuple[Tensor, Tensor, Tensor, Tensor]
 """Head, row, columns and number of kept columns of some items."""
 
 
-def _scores(q: Tensor, k: Tensor, part: Part, captures: Sequence[Tensor], like: Chunks) -> tuple[Tensor, ...]:
-    """Return q ``[n, R, D]``, k ``[n, C, D]``, K/V heads ``[n, 1]``, scores ``[n, R, C]`` and mask of some items."""
+def _places(part: Part, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return batch element, head, query row and key row of the scores of some items; they broadcast."""
+    head, row, columns, _ = part
+    tall, wide = sizes.tile
+    q_row = (row * tall).reshape(-1, 1, 1) + torch.arange(tall, device=row.device).reshape(1, -1, 1)
+    k_row = columns.unsqueeze(2) * wide + torch.arange(wide, device=row.device)
+    batch, h = head // sizes.heads, head % sizes.heads
+    return batch.reshape(-1, 1, 1), h.reshape(-1, 1, 1), q_row, k_row.flatten(1).unsqueeze(1)
+
+
+def _scores(
+    q: Tensor, k: Tensor, part: Part, captures: Sequence[Tensor], biases: Sequence[Tensor], like: Chunks
+) -> tuple[Tensor, ...]:
+    """Return q ``[n, R, D]``, k ``[n, C, D]``, K/V heads ``[n, 1]``, scores before and with biases, and mask."""
     head, row, columns, kept = part
     sizes, wider = like.sizes, accumulator(q.dtype)
-    tall, wide = sizes.tile
+    wide = sizes.tile[1]
     some_q = q[head, row].to(wider)
     group = sizes.heads // sizes.kv_heads
-    batch, h = head // sizes.heads, head % sizes.heads
-    owner = (batch * sizes.kv_heads + h // group).unsqueeze(1)
+    batch, h, q_row, k_row = _places(part, sizes)
+    owner = (batch * sizes.kv_heads + h // group).reshape(-1, 1)
     some_k = k[owner, columns].flatten(1, 2).to(wider)
     raw = (some_q @ some_k.transpose(1, 2)) * sizes.scale
     capped = raw if sizes.softcap is None else sizes.softcap * torch.tanh(raw / sizes.softcap)
-    q_row = (row * tall).reshape(-1, 1, 1) + torch.arange(tall, device=q.device).reshape(1, -1, 1)
-    k_row = (columns * wide).unsqueeze(2) + torch.arange(wide, device=q.device)
-    k_row = k_row.flatten(1).unsqueeze(1)
     slot = torch.arange(columns.shape[1] * wide, device=q.device) // wide
-    mask = like.module.forward(batch.reshape(-1, 1, 1), h.reshape(-1, 1, 1), q_row, k_row, *captures)
+    mask = like.module.forward(batch, h, q_row, k_row, *captures)
     mask = mask & (slot < kept.unsqueeze(1)).unsqueeze(1) & (k_row < sizes.lengths[1])
-    return some_q, some_k, owner, capped, mask & (q_row < sizes.lengths[0])
+    added = biased(capped, sizes.biases, biases, batch, h, q_row, k_row)
+    return some_q, some_k, owner, capped, added, mask & (q_row < sizes.lengths[0])
 
 
 def forward(
@@ -114,11 +127,12 @@ def forward(
     columns: Tensor,
     kept: Tensor,
     captures: Sequence[Tensor],
+    biases: Sequence[Tensor],
     like: Chunks,
 ) -> tuple[Tensor, Tensor]:
     """Return output ``[n, R, Dv]`` and LSE ``[n, R]`` of some items; q, k and v are cut in tiles of rows."""
     part = (head, row, columns, kept)
-    _, _, owner, scores, mask = _scores(q, k, part, captures, like)
+    _, _, owner, _, scores, mask = _scores(q, k, part, captures, biases, like)
     scores = torch.where(mask, scores, -torch.inf)
     top = scores.amax(-1, keepdim=True)
     top = torch.where(top == -torch.inf, 0.0, top)  # a row without a key: -inf minus -inf would be NaN
@@ -142,22 +156,28 @@ def backward(
     columns: Tensor,
     kept: Tensor,
     captures: Sequence[Tensor],
+    biases: Sequence[Tensor],
     like: Chunks,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq ``[n, R, D]``, dk and dv ``[n, C, D]`` of some items from the merged output and LSE of their rows."""
+) -> tuple[Tensor, ...]:
+    """Return dq ``[n, R, D]``, dk and dv ``[n, C, D]`` of some items from the merged output and LSE of their rows.
+
+    Where there are biases, the gradient of the scores ``[n, R, C]`` follows.
+    """
     part = (head, row, columns, kept)
-    some_q, some_k, owner, scores, mask = _scores(q, k, part, captures, like)
+    some_q, some_k, owner, capped, scores, mask = _scores(q, k, part, captures, biases, like)
     some_v = v[owner, columns].flatten(1, 2).to(scores.dtype)
     own_grad, own_out = grad[head, row].to(scores.dtype), out[head, row].to(scores.dtype)
     own_lse = lse[head, row].unsqueeze(-1)
     finite = torch.where(own_lse == -torch.inf, 0.0, own_lse)
     weights = torch.where(mask, torch.exp(scores - finite), 0.0)
     shift = (own_grad * own_out).sum(-1, keepdim=True) - grad_lse[head, row].unsqueeze(-1)
-    slope = weights * (own_grad @ some_v.transpose(1, 2) - shift)
+    biased_slope = weights * (own_grad @ some_v.transpose(1, 2) - shift)
+    slope = biased_slope
     if like.sizes.softcap is not None:
-        slope = torch.where(mask, slope * (1 - (scores / like.sizes.softcap) ** 2), 0.0)
+        slope = torch.where(mask, slope * (1 - (capped / like.sizes.softcap) ** 2), 0.0)
     slope = slope * like.sizes.scale
-    return slope @ some_k, slope.transpose(1, 2) @ some_q, weights.transpose(1, 2) @ own_grad
+    found = (slope @ some_k, slope.transpose(1, 2) @ some_q, weights.transpose(1, 2) @ own_grad)
+    return (*found, biased_slope) if like.sizes.biases else found
 
 
 class ChunkedAttend:
@@ -192,14 +212,10 @@ class ChunkedAttend:
 
     def _tables(self, operands: Mapping[str, Any], batch: int) -> list[BlockTable]:
         """Return a block table, or one for each batch element where queries begin at different positions."""
-        tables = {n: t.cpu().numpy() for n, t in runtime_tables(operands, self.shape.kv_len).items()}
-        offset = operands.get("q_offset")
-        each = [self.shift] if self.shift is not None else torch.as_tensor(offset).reshape(-1).tolist()
         found = []
-        for b, shift in enumerate(each):
-            here = tables if len(each) == 1 else {n: t[min(b, len(t) - 1)][None] for n, t in tables.items()}
+        for shift, tables in tables_by_shift(operands, self.shift, self.shape.kv_len):
             grid = Grid(shift, self.shape.seq_len, 0, self.shape.kv_len, self.sizes.tile)
-            found.append(block_table(self.where, self.shape, self.sizes.tile, here, grid=grid))
+            found.append(block_table(self.where, self.shape, self.sizes.tile, tables, grid=grid))
         return found
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -207,7 +223,9 @@ class ChunkedAttend:
         work, captures = self._items(operands, q)
         cut = [_cut(x, n) for x, n in zip((q, k, v), _sides(self.sizes.tile), strict=True)]
         wider = accumulator(q.dtype)
-        parts = [self.like.forward(_shapes(captures), *cut, *part, captures, self.like) for part, _ in _parts(work)]
+        biases = [x.detach() for x in pointwise(self.sizes.biases, operands, self.shift, q)]
+        rest = (captures, biases, self.like)
+        parts = [self.like.forward(_shapes((*captures, *biases)), *cut, *part, *rest) for part, _ in _parts(work)]
         outs, lses = (torch.cat(x) for x in zip(*parts, strict=True)) if parts else (q, q)
         out = torch.zeros((*cut[0].shape[:3], v.shape[-1]), dtype=wider, device=q.device)
         lse = torch.full(cut[0].shape[:3], -torch.inf, dtype=wider, device=q.device)
@@ -219,9 +237,13 @@ class ChunkedAttend:
         return whole, lse.reshape(sizes)[:, :, : q.shape[2]]
 
     def backward(
-        self, flow: Sequence[Tensor | None], given: Sequence[Tensor], operands: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk, dv from ``(grad, grad_lse)`` and ``(q, k, v, out, lse)``."""
+        self,
+        flow: Sequence[Tensor | None],
+        given: Sequence[Tensor],
+        operands: Mapping[str, Any],
+        names: Sequence[str] = (),
+    ) -> tuple[Tensor, ...]:
+        """Return dq, dk, dv from ``(grad, grad_lse)`` and ``(q, k, v, out, lse)``, then those of the named operands."""
         q, k, v, out, lse = given
         work, captures = self._items(operands, q)
         tall, wide = self.sizes.tile
@@ -232,8 +254,13 @@ class ChunkedAttend:
         rows.append(_cut(lse.unsqueeze(-1), tall).squeeze(-1))
         totals = [torch.zeros(x.shape, dtype=accumulator(q.dtype), device=q.device) for x in cut]
         flat = [x.flatten(0, 1) for x in totals]
+        biases = [x.detach() for x in pointwise(self.sizes.biases, operands, self.shift, q)]
+        rest = (captures, biases, self.like)
+        own = [torch.zeros(operands[n].shape, dtype=totals[0].dtype, device=q.device) for n in names]
         for part, real in _parts(work):
-            dq, dk, dv = self.like.backward(_shapes(captures), *rows, *cut, *part, captures, self.like)
+            dq, dk, dv, *slope = self.like.backward(_shapes((*captures, *biases)), *rows, *cut, *part, *rest)
+            for total, x in zip(own, self._own_gradients(slope, part, operands, names, q), strict=True):
+                total.add_(x)
             head, row, columns = (x[:real] for x in part[:3])
             owner = head // self.sizes.heads * self.sizes.kv_heads
             owner = owner + head % self.sizes.heads // (self.sizes.heads // self.sizes.kv_heads)
@@ -245,7 +272,21 @@ class ChunkedAttend:
             t.reshape(*x.shape[:2], -1, x.shape[-1])[:, :, : x.shape[2]].to(x.dtype)
             for t, x in zip(totals, (q, k, v), strict=True)
         )
-        return dq, dk, dv
+        return dq, dk, dv, *(x.to(operands[n].dtype) for x, n in zip(own, names, strict=True))
+
+    def _own_gradients(
+        self, slope: Sequence[Tensor], part: Part, operands: Mapping[str, Any], names: Sequence[str], q: Tensor
+    ) -> Sequence[Tensor]:
+        """Return the gradients of biases from those of the scores of one chunk; its padding has none."""
+        if not names:
+            return ()
+        (flow,) = slope
+        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False):
+            with torch.enable_grad():
+                leaves = {n: operands[n].detach().to(flow.dtype).requires_grad_() for n in names}
+                tensors = pointwise(self.sizes.biases, {**operands, **leaves}, self.shift, q)
+                made = biased(torch.zeros_like(flow), self.sizes.biases, tensors, *_places(part, self.sizes))
+            return torch.autograd.grad(made, list(leaves.values()), flow)
 
 
 def _shapes(tensors: Sequence[Tensor]) -> tuple[Any, ...]:

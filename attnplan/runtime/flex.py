@@ -23,6 +23,7 @@ from attnplan.patterns.tiles import Grid, block_table
 from attnplan.runtime.compiling import PerShape
 from attnplan.runtime.conditions import Condition, condition
 from attnplan.runtime.device_tables import DeviceTable
+from attnplan.runtime.scores import biased, pointwise
 from attnplan.runtime.tables import Lists, block_lists
 
 _KEPT_STRUCTURES = 256
@@ -37,6 +38,8 @@ class Options:
     scale: float
     softcap: float | None
     grouped: bool
+    biases: tuple[str, ...] = ()
+    """Operands that are added to scores."""
 
 
 class Structure:
@@ -65,6 +68,7 @@ def run(
     rows: Sequence[Tensor],
     columns: Sequence[Tensor],
     captures: Sequence[Tensor],
+    biases: Sequence[Tensor],
     like: Structure,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -78,6 +82,8 @@ def run(
         Counts and indices of partial and of full tiles, by tile rows and, for the backward, by tile columns.
     captures
         What the condition takes behind its positions.
+    biases
+        Tensors of :func:`~attnplan.runtime.scores.biased`.
     """
     module, options = like.module, like.options
 
@@ -85,25 +91,37 @@ def run(
         found: Tensor = module.forward(b, h, q_row, k_row, *captures)
         return found
 
-    def capped(score: Tensor, b: Tensor, h: Tensor, q_row: Tensor, k_row: Tensor) -> Tensor:
-        assert options.softcap is not None
-        return options.softcap * torch.tanh(score / options.softcap)
+    def changed(score: Tensor, b: Tensor, h: Tensor, q_row: Tensor, k_row: Tensor) -> Tensor:
+        if options.softcap is not None:
+            score = options.softcap * torch.tanh(score / options.softcap)
+        return biased(score, options.biases, biases, b, h, q_row, k_row)
 
     lists: Any = (*rows, *(columns if len(columns) else (None,) * 4), options.tile, mask)
     blocks = BlockMask(options.lengths, *lists)
+    asked: Any = AuxRequest(lse=True) if return_lse else None
     result: Any = flex_attention(
         q,
         k,
         v,
-        score_mod=None if options.softcap is None else capped,
+        score_mod=None if options.softcap is None and not options.biases else changed,
         block_mask=blocks,
         scale=options.scale,
         enable_gqa=options.grouped,
-        return_aux=AuxRequest(lse=True) if return_lse else None,
+        return_aux=asked,
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True} if _outgrows_decoding(q, k, options) else None,
     )
     if return_lse:
         return result[0], result[1].lse
     return result, None
+
+
+def _outgrows_decoding(q: Tensor, k: Tensor, options: Options) -> bool:
+    """Return whether Inductor would choose its kernel for few queries, and then find that they fill no tile of it.
+
+    That kernel puts the queries of a whole group of heads into one tile, which has to divide those of the mask.
+    """
+    length = options.lengths[0]
+    return q.is_cuda and length < 128 and length * (q.shape[1] // k.shape[1]) > options.tile[0]
 
 
 class FlexAttend:
@@ -120,7 +138,7 @@ class FlexAttend:
     """
 
     def __init__(self, where: Pattern, shape: Shape, shift: int | None, options: Options, device: str) -> None:
-        self.shape, self.device = shape, torch.device(device)
+        self.shape, self.shift, self.device = shape, shift, torch.device(device)
         self.narrow = self.device.type != "cpu"
         self.condition: Condition = condition(where, shape, shift)
         self.like = structure(self.condition.module, options)
@@ -164,15 +182,20 @@ class FlexAttend:
         check_precision(q)
         rows, columns = self.tables(operands)
         captures = self.static or self.condition.captures(operands, q.shape[0], k.shape[2], q.device)
-        key = (return_lse, len(columns), *(x.shape for x in (*rows, *columns, *captures)))
+        biases = pointwise(self.like.options.biases, operands, self.shift, q)
+        shapes = (x.shape for x in (*rows, *columns, *captures, *biases))
+        key = (return_lse, len(columns), *shapes, *(x.requires_grad for x in biases))
         found: tuple[Tensor, Tensor | None] = self.like.compiled(
-            key, q, k, v, rows, columns, captures, self.like, return_lse
+            key, q, k, v, rows, columns, captures, biases, self.like, return_lse
         )
         return found
 
-    def traced(self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-        """Return :func:`run` for a plan without runtime operands, as a traced program takes it up."""
-        return run(q, k, v, self.rows, self.columns, self.static, self.like, return_lse)
+    def traced(
+        self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return :func:`run` for a plan whose tables are static, as a traced program takes it up."""
+        biases = pointwise(self.like.options.biases, operands, self.shift, q)
+        return run(q, k, v, self.rows, self.columns, self.static, biases, self.like, return_lse)
 
 
 def check_precision(q: Tensor) -> None:

@@ -17,6 +17,7 @@ from attnplan.patterns import Shape
 from attnplan.runtime.dropout import DropoutMask
 from attnplan.runtime.kernels import softmax_attention
 from attnplan.runtime.masks import MaskBuilder
+from attnplan.runtime.scores import BiasBuilder, sunk
 
 Value = tuple[Tensor, Tensor | None]
 
@@ -58,12 +59,18 @@ def _run(
         return _gather(tensors[source.tensor], op.rows), None
     if isinstance(op, Attend):
         (q, _), (k, _), (v, _) = args
-        rows_q, rows_k = (n.type.rows for n in graph.args(node)[:2])
-        mask = MaskBuilder(op.where, rows_q, rows_k, op.shift, shape)(operands, tensors["q"], tensors["k"])
+        rows_q, rows_k = op.positions(*(n.type.rows for n in graph.args(node)[:2]))
+        build = MaskBuilder(op.where, rows_q, rows_k, op.shift, shape, partial=op.at is not None)
+        mask = build(operands, tensors["q"], tensors["k"])
         keep = None
         if op.dropout:
             keep = DropoutMask(op.dropout, rows_q, rows_k)(operands, tensors["q"], tensors["k"])
-        return softmax_attention(q, k, v, mask=mask, scale=op.scale, softcap=op.softcap, keep=keep, dropout=op.dropout)
+        bias = None
+        if op.biases:
+            bias = BiasBuilder(op.biases, rows_q, rows_k, op.shift, whole=False)(operands, tensors["q"], tensors["k"])
+        return softmax_attention(
+            q, k, v, mask=mask, scale=op.scale, softcap=op.softcap, keep=keep, dropout=op.dropout, bias=bias
+        )
     if isinstance(op, Merge | Mix):
         parts = [
             (*_dense(part, arg.type.rows, tensors["q"]), branch)
@@ -73,7 +80,8 @@ def _run(
     assert isinstance(op, Output)
     out, lse = args[0]
     b, h, s = tensors["q"].shape[:3]
-    return out.reshape(b, h, s, out.shape[-1]), None if lse is None else lse.reshape(b, h, s)
+    out, lse = out.reshape(b, h, s, out.shape[-1]), None if lse is None else lse.reshape(b, h, s)
+    return sunk(out, lse, operands["sink_logits"]) if op.sinks and lse is not None else (out, lse)
 
 
 def _labels(op: Merge | Mix, count: int) -> tuple[int, ...]:

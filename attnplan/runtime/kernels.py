@@ -14,13 +14,26 @@ from torch import Tensor
 
 from attnplan.ir.native import EVERYTHING, Window
 from attnplan.runtime.tables import BlockLists
+from attnplan.runtime.views import accumulator
 
 _aten = torch.ops.aten
+Pair = tuple[Tensor, Tensor]
+"""Output and LSE."""
+Triple = tuple[Tensor, Tensor, Tensor]
+"""Gradients of q, k and v."""
 
 
-class Native(NamedTuple):
-    """What a kernel is asked to do by itself, beside the whole or the causal square. See :mod:`attnplan.ir.native`."""
+class Request(NamedTuple):
+    """What a kernel is asked for, beside its tensors. The last four are what it does by itself, if it can at all."""
 
+    scale: float
+    causal: bool = False
+    """Whether row i sees key j only for j <= i."""
+    mask: Tensor | None = None
+    """True where a pair meets; or 0 there and -inf elsewhere, in the dtype of q, and then rows without a key are the
+    caller's to blank."""
+    bias: Tensor | None = None
+    """What is added to the scores, beside a boolean mask or none."""
     window: Window = EVERYTHING
     softcap: float = 0.0
     documents: Tensor | None = None
@@ -29,11 +42,8 @@ class Native(NamedTuple):
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing is asked for."""
+        """Whether nothing is asked for that a kernel has to do by itself. See :mod:`attnplan.ir.native`."""
         return self.window == EVERYTHING and not self.softcap and self.documents is None and self.blocks is None
-
-
-PLAIN = Native()
 
 
 class Kernel(Protocol):
@@ -49,56 +59,49 @@ class Kernel(Protocol):
         """Whether one head of k may serve several of q."""
         ...
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool,
-        mask: Tensor | None,
-        scale: float,
-        native: Native = PLAIN,
-    ) -> tuple[Tensor, Tensor]:
-        """Return (output ``[N, M, R, D]``, LSE ``[N, M, R]``).
-
-        ``mask`` is True where a pair meets; or it is 0 there and -inf elsewhere, in the dtype of q, and rows without a
-        key are the caller's to blank.
-        """
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, asked: Request) -> Pair:
+        """Return (output ``[N, M, R, D]``, LSE ``[N, M, R]``)."""
         ...
 
     def backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        causal: bool,
-        mask: Tensor | None,
-        scale: float,
-        native: Native = PLAIN,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, asked: Request
+    ) -> Triple:
         """Return the gradients of q, k and v, given the merged output and LSE of the rows."""
         ...
 
 
-def additive(mask: Tensor | None, dtype: torch.dtype, align: int = 1) -> Tensor | None:
-    """Return 0 where a pair meets and -inf elsewhere; what broadcasts in the mask still does.
+def once(x: Tensor) -> Tensor:
+    """Return a view of ``x`` that shows each element once: dimensions along which it was expanded get size 1."""
+    return x[tuple(slice(0, 1) if step == 0 else slice(None) for step in x.stride())]
+
+
+def additive(mask: Tensor | None, dtype: torch.dtype, align: int = 1, bias: Tensor | None = None) -> Tensor | None:
+    """Return 0, or the bias, where a pair meets and -inf elsewhere; what broadcasts in the mask still does.
 
     With ``align`` the rows of the result lie a multiple of that many elements apart in memory.
     """
+    if bias is not None:
+        return _biased(bias, mask, dtype, align)
     if mask is None:
         return None
     if mask.dtype == dtype and all(s % align == 0 for s in mask.stride()[:-1]) and mask.stride(-1) == 1:
         return mask
-    once = mask[tuple(slice(0, 1) if step == 0 else slice(None) for step in mask.stride())]
-    columns = once.shape[-1]
-    made = torch.zeros((*once.shape[:-1], columns + -columns % align), dtype=dtype, device=mask.device)[..., :columns]
-    made = made.masked_fill_(~once, -torch.inf) if once.dtype == torch.bool else made.copy_(once)
+    some = once(mask)
+    columns = some.shape[-1]
+    made = torch.zeros((*some.shape[:-1], columns + -columns % align), dtype=dtype, device=mask.device)[..., :columns]
+    made = made.masked_fill_(~some, -torch.inf) if some.dtype == torch.bool else made.copy_(some)
     return made.expand(mask.shape)
+
+
+def _biased(bias: Tensor, mask: Tensor | None, dtype: torch.dtype, align: int) -> Tensor:
+    some, kept = once(bias), None if mask is None else once(mask)
+    whole, sizes = bias.shape, some.shape
+    if mask is not None and kept is not None:
+        whole, sizes = (torch.Size(map(max, a, b)) for a, b in ((whole, mask.shape), (sizes, kept.shape)))
+    columns = sizes[-1]
+    made = torch.empty((*sizes[:-1], columns + -columns % align), dtype=dtype, device=bias.device)[..., :columns]
+    made.copy_(some)
+    return (made if kept is None else made.masked_fill_(~kept, -torch.inf)).expand(whole)
 
 
 class FlashCPU:
@@ -107,53 +110,35 @@ class FlashCPU:
     widest = 1 << 30
     groups = False  # it does, but not without a copy of what they share
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool,
-        mask: Tensor | None,
-        scale: float,
-        native: Native = PLAIN,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, asked: Request) -> Pair:
         """Run the forward operator."""
-        assert native.is_plain, "the operator knows no windows"
+        assert asked.is_plain, "the operator knows no windows"
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=additive(mask, q.dtype), scale=scale
+            q, k, v, 0.0, asked.causal, attn_mask=self._added(asked, q), scale=asked.scale
         )
-        if mask is not None and mask.dtype == torch.bool:
-            blank_empty_rows(mask, out, lse)
+        if asked.mask is not None and asked.mask.dtype == torch.bool:
+            blank_empty_rows(asked.mask, out, lse)
         return out, lse
 
     def backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        causal: bool,
-        mask: Tensor | None,
-        scale: float,
-        native: Native = PLAIN,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, asked: Request
+    ) -> Triple:
         """Run the backward operator, which wants LSE +inf for rows without a key."""
-        assert native.is_plain, "the operator knows no windows"
-        if mask is not None:
+        assert asked.is_plain, "the operator knows no windows"
+        if asked.mask is not None:
             lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
-            grad, q, k, v, out, lse, 0.0, causal, attn_mask=additive(mask, q.dtype), scale=scale
+            grad, q, k, v, out, lse, 0.0, asked.causal, attn_mask=self._added(asked, q), scale=asked.scale
         )
+
+    def _added(self, asked: Request, q: Tensor) -> Tensor | None:
+        """Return what the operator adds to scores; it takes a bias in the accumulating dtype beside any other."""
+        return additive(asked.mask, q.dtype if asked.bias is None else accumulator(q.dtype), bias=asked.bias)
 
 
 def blank_empty_rows(mask: Tensor, out: Tensor, lse: Tensor) -> None:
     """Give rows without a key output 0 and LSE -inf, in place: the operator reports LSE 0 for them."""
-    once = mask[tuple(slice(0, 1) if step == 0 else slice(None) for step in mask.stride())]
-    empty = ~once.any(-1)
+    empty = ~once(mask).any(-1)
     if mask.is_cuda or bool(empty.any()):  # on the CPU, reading it makes nobody wait
         out.masked_fill_(empty.unsqueeze(-1), 0)
         lse.masked_fill_(empty, -torch.inf)
@@ -173,6 +158,7 @@ def softmax_attention(
     softcap: float | None,
     keep: Tensor | None = None,
     dropout: float = 0.0,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return output and LSE of attention written in plain torch, which can be differentiated any number of times.
 
@@ -184,11 +170,15 @@ def softmax_attention(
         Booleans that broadcast to ``[..., R, C]``, True where a pair meets, or None.
     keep, dropout
         Which weights are kept, and the probability with which one is dropped; the LSE is that of all.
+    bias
+        What is added to scores, after scale and softcap.
     """
-    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
+    acc = accumulator(q.dtype)
     scores = (q.to(acc) * scale) @ k.to(acc).transpose(-1, -2)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
     empty = None if mask is None else ~mask.any(-1)
     if mask is not None and empty is not None:
         # A row without a key gets finite scores here and is blanked below: -inf minus -inf would be NaN.

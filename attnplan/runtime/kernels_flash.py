@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnplan.runtime.kernels import Native
+from attnplan.ir.native import EVERYTHING
+from attnplan.runtime.fused.replay import replay_of
+from attnplan.runtime.kernels import Pair, Request, Triple
 from attnplan.runtime.kernels_sdpa import (
     boundaries,
     empty_rows_above,
@@ -41,79 +43,84 @@ def module(name: str) -> Any:
 class _Flash(Opaque):
     family = "flash"
     widest = 256
+    interface: str
+    """Module that holds the package's functions."""
 
-    def run(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, native: Native
-    ) -> tuple[Tensor, Tensor]:
-        assert mask is None
-        if native.documents is None:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, asked: Request) -> Pair:
+        assert asked.mask is None
+        if asked.documents is None:
             rows = [x.transpose(1, 2) for x in (q, k, v)]
-            out, lse = self._forward(rows, None, 0, causal, scale, native)
-            return out.transpose(1, 2), empty_rows_below(lse)
-        batch, length = q.shape[0], q.shape[2]
-        cu = boundaries(native.documents, batch, length)
-        out, lse = self._forward([packed(x) for x in (q, k, v)], cu, length, causal, scale, native)
+            out, lse = self._forward(rows, None, asked)
+            return out.transpose(1, 2), empty_rows_below(lse) if _may_lack_keys(q, k, asked) else lse
+        batch = q.shape[0]
+        out, lse = self._forward([packed(x) for x in (q, k, v)], _Packed.of(asked.documents, q), asked)
         return unpacked(out, batch), empty_rows_below(unpacked_lse(lse, batch))
 
     def run_backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-        scale: float,
-        native: Native,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        assert mask is None
-        lse = empty_rows_above(lse)
-        if native.documents is None:
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, asked: Request
+    ) -> Triple:
+        assert asked.mask is None
+        lse = empty_rows_above(lse) if _may_lack_keys(q, k, asked) else lse.contiguous()
+        if asked.documents is None:
             rows = [x.transpose(1, 2) for x in (grad, q, k, v, out)]
-            dq, dk, dv = self._backward(rows, lse, None, 0, causal, scale, native)
+            dq, dk, dv = self._backward(rows, lse, None, asked)
             return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
-        batch, length = q.shape[0], q.shape[2]
-        cu = boundaries(native.documents, batch, length)
         flat = [packed(x) for x in (grad, q, k, v, out)]
-        dq, dk, dv = self._backward(flat, packed_lse(lse), cu, length, causal, scale, native)
+        dq, dk, dv = self._backward(flat, packed_lse(lse), _Packed.of(asked.documents, q), asked)
+        batch = q.shape[0]
         return unpacked(dq, batch), unpacked(dk, batch), unpacked(dv, batch)
 
-    def run_direct(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, native: Native) -> Tensor:
-        window: Any = native.window if isinstance(self, Flash4) else signed(native.window)
+    def run_direct(self, q: Tensor, k: Tensor, v: Tensor, asked: Request) -> Tensor:
+        window: Any = asked.window if isinstance(self, Flash4) else signed(asked.window)
         found = module(self.interface).flash_attn_func(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
-            softmax_scale=scale,
-            causal=causal,
+            softmax_scale=asked.scale,
+            causal=asked.causal,
             window_size=window,
-            softcap=native.softcap,
+            softcap=asked.softcap,
         )
         out: Tensor = found[0] if isinstance(found, tuple) else found
         return out.transpose(1, 2)
 
-    interface: str
-
-    def _forward(
-        self, rows: list[Tensor], cu: Tensor | None, length: int, causal: bool, scale: float, native: Native
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, rows: list[Tensor], lengths: _Packed | None, asked: Request) -> Pair:
         """Return output ``[B, S, H, D]`` or ``[T, H, D]``, and LSE ``[B, H, S]`` or ``[H, T]``."""
         raise NotImplementedError
 
-    def _backward(
-        self,
-        rows: list[Tensor],
-        lse: Tensor,
-        cu: Tensor | None,
-        length: int,
-        causal: bool,
-        scale: float,
-        native: Native,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _backward(self, rows: list[Tensor], lse: Tensor, lengths: _Packed | None, asked: Request) -> Triple:
         """Return the gradients of ``rows`` = (grad, q, k, v, out)."""
         raise NotImplementedError
+
+
+def _may_lack_keys(q: Tensor, k: Tensor, asked: Request) -> bool:
+    """Return whether a row may have no key: not where all keys, or as many as the diagonal leaves, are there."""
+    beyond = asked.causal and q.shape[2] > k.shape[2]
+    return beyond or asked.window != EVERYTHING or asked.documents is not None or asked.blocks is not None
+
+
+class _Packed(NamedTuple):
+    """Documents laid end to end."""
+
+    cu: Tensor
+    """Cumulative lengths."""
+    longest: int
+    """No document is longer."""
+
+    @classmethod
+    def of(cls, documents: Tensor, q: Tensor) -> _Packed:
+        return cls(boundaries(documents, q.shape[0], q.shape[2]), q.shape[2])
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Arguments of versions 3 and 4."""
+        cu, longest = self
+        return {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest}
+
+    @property
+    def ordered(self) -> tuple[Any, ...]:
+        """Arguments of version 2."""
+        return self.cu, self.cu, self.longest, self.longest
 
 
 class Flash2(_Flash):
@@ -122,40 +129,32 @@ class Flash2(_Flash):
     title = "flash-attn 2"
     interface = "flash_attn.flash_attn_interface"
 
-    def _forward(
-        self, rows: list[Tensor], cu: Tensor | None, length: int, causal: bool, scale: float, native: Native
-    ) -> tuple[Tensor, Tensor]:
-        left, right = signed(native.window)
-        options: dict[str, Any] = {"window_size_left": left, "window_size_right": right, "softcap": native.softcap}
-        options |= {"dropout_p": 0.0, "softmax_scale": scale, "causal": causal}
-        options |= {"alibi_slopes": None, "return_softmax": False}
+    def _options(self, asked: Request) -> dict[str, Any]:
+        left, right = signed(asked.window)
+        return {
+            "window_size_left": left,
+            "window_size_right": right,
+            "softcap": asked.softcap,
+            "dropout_p": 0.0,
+            "softmax_scale": asked.scale,
+            "causal": asked.causal,
+            "alibi_slopes": None,
+        }
+
+    def _forward(self, rows: list[Tensor], lengths: _Packed | None, asked: Request) -> Pair:
         interface = module(self.interface)
-        if cu is None:
-            out, lse, *_ = interface._flash_attn_forward(*rows, **options)
-        else:
-            out, lse, *_ = interface._flash_attn_varlen_forward(*rows, cu, cu, length, length, **options)
+        run = interface._flash_attn_forward if lengths is None else interface._flash_attn_varlen_forward
+        given = () if lengths is None else lengths.ordered
+        out, lse, *_ = run(*rows, *given, **self._options(asked), return_softmax=False)
         return out, lse
 
-    def _backward(
-        self,
-        rows: list[Tensor],
-        lse: Tensor,
-        cu: Tensor | None,
-        length: int,
-        causal: bool,
-        scale: float,
-        native: Native,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        left, right = signed(native.window)
-        options: dict[str, Any] = {"window_size_left": left, "window_size_right": right, "softcap": native.softcap}
-        options |= {"dropout_p": 0.0, "softmax_scale": scale, "causal": causal}
-        options |= {"alibi_slopes": None, "deterministic": False}
+    def _backward(self, rows: list[Tensor], lse: Tensor, lengths: _Packed | None, asked: Request) -> Triple:
         grad, q, k, v, out = rows
         made = [x.new_empty(x.shape) for x in (q, k, v)]
         interface = module(self.interface)
-        lengths = () if cu is None else (cu, cu, length, length)
-        run = interface._flash_attn_backward if cu is None else interface._flash_attn_varlen_backward
-        run(grad, q, k, v, out, lse, *made, *lengths, **options)
+        run = interface._flash_attn_backward if lengths is None else interface._flash_attn_varlen_backward
+        given = () if lengths is None else lengths.ordered
+        run(grad, q, k, v, out, lse, *made, *given, **self._options(asked), deterministic=False)
         return made[0], made[1], made[2]
 
 
@@ -165,33 +164,24 @@ class Flash3(_Flash):
     title = "flash-attn 3"
     interface = "flash_attn_interface"
 
-    def _forward(
-        self, rows: list[Tensor], cu: Tensor | None, length: int, causal: bool, scale: float, native: Native
-    ) -> tuple[Tensor, Tensor]:
-        left, right = signed(native.window)
-        options: dict[str, Any] = {"window_size_left": left, "window_size_right": right, "softcap": native.softcap}
-        if cu is not None:
-            options |= {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": length, "max_seqlen_k": length}
-        out, lse, *_ = module(self.interface)._flash_attn_forward(*rows, softmax_scale=scale, causal=causal, **options)
+    def _options(self, asked: Request) -> dict[str, Any]:
+        left, right = signed(asked.window)
+        return {"window_size_left": left, "window_size_right": right, "softcap": asked.softcap}
+
+    def _forward(self, rows: list[Tensor], lengths: _Packed | None, asked: Request) -> Pair:
+        options = self._options(asked) | ({} if lengths is None else lengths.named)
+        run = module(self.interface)._flash_attn_forward
+        out, lse, *_ = run(*rows, softmax_scale=asked.scale, causal=asked.causal, **options)
         return out, lse
 
-    def _backward(
-        self,
-        rows: list[Tensor],
-        lse: Tensor,
-        cu: Tensor | None,
-        length: int,
-        causal: bool,
-        scale: float,
-        native: Native,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _backward(self, rows: list[Tensor], lse: Tensor, lengths: _Packed | None, asked: Request) -> Triple:
         grad, q, k, v, out = rows
         made = [x.new_empty(x.shape) for x in (q, k, v)]
-        longest = None if cu is None else length
+        cu, longest = (None, None) if lengths is None else lengths
         # By position: the names of some of these arguments differ between commits, their order does not.
-        lengths = (cu, cu, None, None, longest, longest)
-        options = (scale, causal, *signed(native.window), native.softcap, False)
-        module(self.interface)._flash_attn_backward(grad, q, k, v, out, lse, *lengths, *made, *options)
+        given = (cu, cu, None, None, longest, longest)
+        options = (asked.scale, asked.causal, *self._options(asked).values(), False)
+        module(self.interface)._flash_attn_backward(grad, q, k, v, out, lse, *given, *made, *options)
         return made[0], made[1], made[2]
 
 
@@ -202,39 +192,29 @@ class Flash4(_Flash):
     interface = "flash_attn.cute.interface"
     widest = 128
 
-    def _forward(
-        self, rows: list[Tensor], cu: Tensor | None, length: int, causal: bool, scale: float, native: Native
-    ) -> tuple[Tensor, Tensor]:
-        left, right = native.window
+    def _options(self, asked: Request, lengths: _Packed | None, lists: Lists | None) -> dict[str, Any]:
+        left, right = asked.window
         options: dict[str, Any] = {"window_size_left": left, "window_size_right": right}
-        if cu is not None:
-            options |= {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": length, "max_seqlen_k": length}
-        if native.blocks is not None:
-            options["block_sparse_tensors"] = block_tensors(native.blocks, native.blocks.rows)
-        out, lse, *_ = module(self.interface)._flash_attn_fwd(
-            *rows, softmax_scale=scale, causal=causal, softcap=native.softcap or None, return_lse=True, **options
-        )
+        if lists is not None:
+            assert asked.blocks is not None
+            options["block_sparse_tensors"] = block_tensors(asked.blocks, lists)
+        return options if lengths is None else options | lengths.named
+
+    def _forward(self, rows: list[Tensor], lengths: _Packed | None, asked: Request) -> Pair:
+        function = module(self.interface)._flash_attn_fwd
+        plain = lengths is None and asked.blocks is None and asked.window == EVERYTHING and not asked.softcap
+        if plain and hasattr(function, "compile_cache"):
+            return replay_of(function)(rows[0], rows[1], rows[2], asked.scale, asked.causal)
+        options = self._options(asked, lengths, None if asked.blocks is None else asked.blocks.rows)
+        options |= {"softmax_scale": asked.scale, "causal": asked.causal, "softcap": asked.softcap or None}
+        out, lse, *_ = function(*rows, return_lse=True, **options)
         return out, lse
 
-    def _backward(
-        self,
-        rows: list[Tensor],
-        lse: Tensor,
-        cu: Tensor | None,
-        length: int,
-        causal: bool,
-        scale: float,
-        native: Native,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        left, right = native.window
-        options: dict[str, Any] = {"window_size_left": left, "window_size_right": right}
-        if cu is not None:
-            options |= {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": length, "max_seqlen_k": length}
-        if native.blocks is not None:
-            options["block_sparse_tensors"] = block_tensors(native.blocks, native.blocks.columns)
+    def _backward(self, rows: list[Tensor], lse: Tensor, lengths: _Packed | None, asked: Request) -> Triple:
         grad, q, k, v, out = rows
+        options = self._options(asked, lengths, None if asked.blocks is None else asked.blocks.columns)
         dq, dk, dv = module(self.interface)._flash_attn_bwd(
-            q, k, v, out, grad, lse, scale, causal, native.softcap, **options
+            q, k, v, out, grad, lse, asked.scale, asked.causal, asked.softcap, **options
         )
         return dq, dk, dv
 

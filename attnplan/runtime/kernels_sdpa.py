@@ -6,12 +6,15 @@ multiple of 32, and cuDNN has one more dimension. Each is converted here.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from attnplan.ir.native import EVERYTHING
-from attnplan.runtime.kernels import PLAIN, Native, additive, blank_empty_rows
+from attnplan.runtime.kernels import Pair, Request, Triple, additive, blank_empty_rows
+from attnplan.runtime.views import rows_first
 
 _aten = torch.ops.aten
 _LSE_ROWS = 32  # the efficient kernel reads LSE in runs of this many rows
@@ -73,12 +76,9 @@ def empty_rows_above(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == -torch.inf, torch.inf).contiguous()
 
 
-def rows_of_heads(out: Tensor) -> Tensor:
-    """Return ``[B, H, S, D]`` whose memory has the order ``[B, S, H, D]``.
-
-    The CUTLASS backward takes no row stride of the output: it reads rows as if all heads of one lay side by side.
-    """
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+def _windowed(asked: Request) -> dict[str, Any]:
+    left, right = signed(asked.window)
+    return {"scale": asked.scale, "window_size_left": left, "window_size_right": right}
 
 
 class FlashCUDA:
@@ -87,64 +87,41 @@ class FlashCUDA:
     widest = 256
     groups = True
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool,
-        mask: Tensor | None,
-        scale: float,
-        native: Native = PLAIN,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, asked: Request) -> Pair:
         """Run the forward operator."""
-        assert mask is None
-        if native.window == EVERYTHING and native.documents is None:
-            result = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+        assert asked.mask is None
+        if asked.window == EVERYTHING and asked.documents is None:
+            result = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, asked.causal, False, scale=asked.scale)
             return result[0], result[1][..., : q.shape[2]]
-        left, right = signed(native.window)
-        rest = {"scale": scale, "window_size_left": left, "window_size_right": right}
-        if native.documents is None:
+        rest = _windowed(asked)
+        if asked.documents is None:
             whole = (None, None, q.shape[2], k.shape[2], 0.0, False, False)
             given = (x.transpose(1, 2) for x in (q, k, v))
             out, lse, *_ = _aten._flash_attention_forward(*given, *whole, **rest)
             return out.transpose(1, 2), empty_rows_below(lse)
-        cu = boundaries(native.documents, q.shape[0], q.shape[2])
+        cu = boundaries(asked.documents, q.shape[0], q.shape[2])
         lengths = (cu, cu, q.shape[2], k.shape[2], 0.0, False, False)
         out, lse, *_ = _aten._flash_attention_forward(packed(q), packed(k), packed(v), *lengths, **rest)
         return unpacked(out, q.shape[0]), empty_rows_below(unpacked_lse(lse, q.shape[0]))
 
     def backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        causal: bool,
-        mask: Tensor | None,
-        scale: float,
-        native: Native = PLAIN,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, asked: Request
+    ) -> Triple:
         """Run the backward operator. Without packed lengths and dropout it wants None for what describes them."""
-        assert mask is None
+        assert asked.mask is None
         lengths = (q.shape[2], k.shape[2], 0.0)
-        if native.window == EVERYTHING and native.documents is None:
+        if asked.window == EVERYTHING and asked.documents is None:
             given = (grad, q, k, v, out, lse.contiguous())
             return _aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
-                *given, None, None, *lengths, causal, None, None, scale=scale
+                *given, None, None, *lengths, asked.causal, None, None, scale=asked.scale
             )
-        left, right = signed(native.window)
-        rest = {"scale": scale, "window_size_left": left, "window_size_right": right}
-        if native.documents is None:
+        rest = _windowed(asked)
+        if asked.documents is None:
             rows = (x.transpose(1, 2) for x in (grad, q, k, v, out))
             whole = (empty_rows_above(lse), None, None, *lengths, False, None, None)
             dq, dk, dv = _aten._flash_attention_backward(*rows, *whole, **rest)
             return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
-        cu = boundaries(native.documents, q.shape[0], q.shape[2])
+        cu = boundaries(asked.documents, q.shape[0], q.shape[2])
         rows = (packed(x) for x in (grad, q, k, v, out))
         apart = (packed_lse(empty_rows_above(lse)), cu, cu, *lengths, False, None, None)
         found = _aten._flash_attention_backward(*rows, *apart, **rest)
@@ -162,46 +139,27 @@ class CuDNN:
         self.lse_dims = 4
         """Dimensions of the LSE of this version's operator, 3 or 4, which its backward needs again."""
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool,
-        mask: Tensor | None,
-        scale: float,
-        native: Native = PLAIN,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, asked: Request) -> Pair:
         """Run the forward operator."""
-        assert mask is None
-        assert native.is_plain, "the operator knows no windows"
-        out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+        assert asked.mask is None
+        assert asked.is_plain, "the operator knows no windows"
+        out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, asked.causal, False, scale=asked.scale
+        )
         self.lse_dims = lse.dim()
         return out, lse.squeeze(-1) if lse.dim() == 4 else lse
 
     def backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        causal: bool,
-        mask: Tensor | None,
-        scale: float,
-        native: Native = PLAIN,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, asked: Request
+    ) -> Triple:
         """Run the backward operator, whose seed and offset are read only under dropout."""
-        assert mask is None
+        assert asked.mask is None
         stats = lse.contiguous()
         stats = stats.unsqueeze(-1) if self.lse_dims == 4 else stats
         seed = torch.zeros((), dtype=torch.int64, device=q.device)
         lengths = (None, None, q.shape[2], k.shape[2], 0.0)
         return _aten._scaled_dot_product_cudnn_attention_backward(  # type: ignore[no-any-return]
-            grad, q, k, v, out, stats, seed, seed, None, *lengths, causal, scale=scale
+            grad, q, k, v, out, stats, seed, seed, None, *lengths, asked.causal, scale=asked.scale
         )
 
 
@@ -211,54 +169,33 @@ class Efficient:
     widest = 1 << 16
     groups = True
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool,
-        mask: Tensor | None,
-        scale: float,
-        native: Native = PLAIN,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, asked: Request) -> Pair:
         """Run the forward operator."""
-        assert native.is_plain, "the operator knows no windows"
+        assert asked.is_plain, "the operator knows no windows"
         heads = Groups(q, k)
-        bias = additive(heads.mask(mask), q.dtype, _BIAS_ELEMENTS)
+        bias = additive(heads.mask(asked.mask), q.dtype, _BIAS_ELEMENTS, heads.mask(asked.bias))
         out, lse, *_ = _aten._scaled_dot_product_efficient_attention(
-            heads.queries(q), heads.keys(k), heads.keys(v), bias, True, 0.0, causal, scale=scale
+            heads.queries(q), heads.keys(k), heads.keys(v), bias, True, 0.0, asked.causal, scale=asked.scale
         )
         out, lse = heads.back(out), heads.back(lse[..., : q.shape[2]])
-        if mask is not None and mask.dtype == torch.bool:
+        if asked.mask is not None and asked.mask.dtype == torch.bool:
             out, lse = out.contiguous(), lse.contiguous()
-            blank_empty_rows(mask, out, lse)
+            blank_empty_rows(asked.mask, out, lse)
         return out, lse
 
     def backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        causal: bool,
-        mask: Tensor | None,
-        scale: float,
-        native: Native = PLAIN,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, asked: Request
+    ) -> Triple:
         """Run the backward operator, which wants LSE +inf for rows without a key and for those that pad it."""
         heads = Groups(q, k)
-        bias = additive(heads.mask(mask), q.dtype, _BIAS_ELEMENTS)
+        bias = additive(heads.mask(asked.mask), q.dtype, _BIAS_ELEMENTS, heads.mask(asked.bias))
         above = lse.masked_fill(lse == -torch.inf, torch.inf)
         stats = F.pad(heads.queries(above), (0, -q.shape[2] % _LSE_ROWS), value=torch.inf).contiguous()
         seed = torch.zeros((), dtype=torch.int64, device=q.device)
         before = (heads.queries(grad), heads.queries(q), heads.keys(k), heads.keys(v), bias)
-        given = (*before, rows_of_heads(heads.queries(out)), stats)
+        given = (*before, rows_first(heads.queries(out)), stats)
         dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
-            *given, seed, seed, 0.0, [True, True, True, False], causal, scale=scale
+            *given, seed, seed, 0.0, [True, True, True, False], asked.causal, scale=asked.scale
         )
         return heads.back(dq), heads.reduce(dk), heads.reduce(dv)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attnplan.ir.native import EVERYTHING
-from attnplan.runtime.kernels import Native, additive, blank_empty_rows
+from attnplan.runtime.kernels import Pair, Request, Triple, additive, blank_empty_rows
 from attnplan.runtime.kernels_sdpa import (
     Groups,
     boundaries,
@@ -57,79 +57,71 @@ class XFormers(Opaque):
         super().__init__(name)
         self.operators, self.widest = (forward, backward), widest
 
-    def run(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, native: Native
-    ) -> tuple[Tensor, Tensor]:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, asked: Request) -> Pair:
         heads = Groups(q, k)
         batch = q.shape[0]
-        if native.documents is not None:
+        if asked.documents is not None:
             rows = [packed(x).unsqueeze(0) for x in (q, k, v)]
         else:
             rows = [x.transpose(1, 2) for x in (heads.queries(q), heads.keys(k), heads.keys(v))]
-        bias = self._bias(heads, q, k, mask, causal, native)
+        bias = self._bias(heads, q, k, asked)
         out, lse = fmha().memory_efficient_attention_forward_requires_grad(
-            *rows, bias, scale=scale, op=self._operator(0)
+            *rows, bias, scale=asked.scale, op=self._operator(0)
         )
-        if native.documents is not None:
+        if asked.documents is not None:
             return unpacked(out[0], batch), empty_rows_below(unpacked_lse(lse[0], batch))
         out, lse = heads.back(out.transpose(1, 2)), heads.back(lse[..., : q.shape[2]])
-        if mask is not None and mask.dtype == torch.bool:
+        if asked.mask is not None and asked.mask.dtype == torch.bool:
             out, lse = out.contiguous(), lse.contiguous()
-            blank_empty_rows(mask, out, lse)
+            blank_empty_rows(asked.mask, out, lse)
         return out, empty_rows_below(lse)
 
     def run_backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-        scale: float,
-        native: Native,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, asked: Request
+    ) -> Triple:
         heads = Groups(q, k)
         batch = q.shape[0]
         lse = empty_rows_above(lse)
-        bias = self._bias(heads, q, k, mask, causal, native)
-        if native.documents is not None:
+        bias = self._bias(heads, q, k, asked)
+        if asked.documents is not None:
             grad, out, q, k, v = (packed(x).unsqueeze(0) for x in (grad, out, q, k, v))
             given = (grad.contiguous(), out.contiguous(), packed_lse(lse).unsqueeze(0), q, k, v)
         else:
             spread = [heads.queries(x) for x in (grad, out, q)] + [heads.keys(x) for x in (k, v)]
             grad, out, q, k, v = (x.transpose(1, 2) for x in spread)
             given = (grad.contiguous(), out.contiguous(), heads.queries(lse).contiguous(), q, k, v)
-        found = fmha().memory_efficient_attention_backward(*given, bias, scale=scale, op=self._operator(1))
-        if native.documents is not None:
+        found = fmha().memory_efficient_attention_backward(*given, bias, scale=asked.scale, op=self._operator(1))
+        if asked.documents is not None:
             dq, dk, dv = (unpacked(x[0], batch) for x in found)
             return dq, dk, dv
         dq, dk, dv = (x.transpose(1, 2) for x in found)
         return heads.back(dq), heads.reduce(dk), heads.reduce(dv)
 
-    def run_direct(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, native: Native) -> Tensor:
+    def run_direct(self, q: Tensor, k: Tensor, v: Tensor, asked: Request) -> Tensor:
         heads = Groups(q, k)
         rows = [x.transpose(1, 2) for x in (heads.queries(q), heads.keys(k), heads.keys(v))]
-        bias = self._bias(heads, q, k, None, causal, native)
+        bias = self._bias(heads, q, k, asked)
         operators = (self._operator(0), self._operator(1))
-        out = fmha().memory_efficient_attention(*rows, attn_bias=bias, scale=scale, op=operators)
+        out = fmha().memory_efficient_attention(*rows, attn_bias=bias, scale=asked.scale, op=operators)
         return heads.back(out.transpose(1, 2))
 
     def _operator(self, which: int) -> Any:
         return getattr(getattr(fmha(), self.operators[which]), ("FwOp", "BwOp")[which])
 
-    def _bias(self, heads: Groups, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, native: Native) -> Any:
+    def _bias(self, heads: Groups, q: Tensor, k: Tensor, asked: Request) -> Any:
         kinds = fmha().attn_bias
-        left, right = native.window
-        if native.documents is not None:
-            return _documents(kinds, boundaries(native.documents, q.shape[0], q.shape[2]), q, causal, native)
-        if mask is not None:
-            return additive(heads.mask(mask), q.dtype, _ALIGN)
-        if causal:
+        left, right = asked.window
+        if asked.documents is not None:
+            return _documents(kinds, boundaries(asked.documents, q.shape[0], q.shape[2]), q, asked)
+        if asked.mask is not None or asked.bias is not None:
+            mask = asked.mask
+            if asked.causal:  # its own causal bias is another object
+                mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+                mask = mask.expand(q.shape[0], q.shape[1], -1, -1)
+            return additive(heads.mask(mask), q.dtype, _ALIGN, heads.mask(asked.bias))
+        if asked.causal:
             return kinds.LowerTriangularMask()
-        if native.window == EVERYTHING:
+        if asked.window == EVERYTHING:
             return None
         if right == 0:
             if left is None:
@@ -141,13 +133,13 @@ class XFormers(Opaque):
         )
 
 
-def _documents(kinds: Any, cu: Tensor, q: Tensor, causal: bool, native: Native) -> Any:
+def _documents(kinds: Any, cu: Tensor, q: Tensor, asked: Request) -> Any:
     """Return the bias of packed documents. Its host copies of the boundaries stay empty: reading them would wait."""
-    left, right = native.window
+    left, right = asked.window
     info = kinds._SeqLenInfo(seqstart=cu, max_seqlen=q.shape[2], min_seqlen=0, seqstart_py=[])
-    if causal or native.window == (None, 0):
+    if asked.causal or asked.window == (None, 0):
         return kinds.BlockDiagonalCausalFromBottomRightMask(q_seqinfo=info, k_seqinfo=info)
-    if native.window == EVERYTHING:
+    if asked.window == EVERYTHING:
         return kinds.BlockDiagonalMask(q_seqinfo=info, k_seqinfo=info)
     assert left is not None
     assert right == 0

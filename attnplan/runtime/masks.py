@@ -33,15 +33,26 @@ class MaskBuilder(torch.nn.Module):
         the tensors that each call brings.
     shift
         Position of query row 0, or None if it arrives with the call.
-    heads
+    shape
         Heads of q, the batch size and lengths for which static tables are built.
+    partial
+        Whether the tensors hold some rows of the sequence only, so that its lengths are those of ``shape``.
     """
 
     def __init__(
-        self, where: Pattern, q: RowMap, k: RowMap, shift: int | None, shape: Shape, *, follow: bool = False
+        self,
+        where: Pattern,
+        q: RowMap,
+        k: RowMap,
+        shift: int | None,
+        shape: Shape,
+        *,
+        follow: bool = False,
+        partial: bool = False,
     ) -> None:
         super().__init__()
         self.where, self.q, self.k, self.shift, self.shape, self.follow = where, q, k, shift, shape, follow
+        self.partial = partial
         self._constant = not where.operands and shift is not None
         self._kept: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
 
@@ -67,13 +78,15 @@ class MaskBuilder(torch.nn.Module):
         device = q.device
         heads, query = element_indices(self.q, lengths[0], device, query=True)
         _, key = element_indices(self.k, lengths[1], device, query=False)
-        shape = Shape(q.shape[2], k.shape[2], self.shape.heads, self.shape.batch)
+        shape = self.shape
+        if not self.partial:
+            shape = Shape(q.shape[2], k.shape[2], shape.heads, shape.batch)
         shift: Any = shape.shift if self.follow else self.shift
         if self.shift is None:
             offset = operands["q_offset"]
             shift = offset.reshape(()) if isinstance(offset, Tensor) else offset
         tables = {name: Table(torch.as_tensor(t, device=device)) for name, t in self.where.tables(shape).items()}
-        tables |= {name: Table(t) for name, t in runtime_tables(operands, k.shape[2]).items()}
+        tables |= {name: Table(t) for name, t in runtime_tables(operands, shape.kv_len).items()}
         mask: Tensor = self.where.pairs(tables, heads, query + shift, key)
         while mask.dim() > query.dim():  # a table puts its batch in front of the axes, whose own batch has size 1
             mask = mask.squeeze(1)
@@ -157,12 +170,13 @@ def document_ids(boundaries: Tensor, length: int) -> Tensor:
     return torch.searchsorted(ends, positions.contiguous(), right=True)
 
 
-def check_operands(operands: Mapping[str, Any], batch: int, seq_len: int, kv_len: int, device: torch.device) -> None:
-    """Raise :class:`~attnplan.errors.SpecError` where a runtime operand does not fit the call.
+def check_operands(operands: Mapping[str, Any], sizes: tuple[int, int, int, int], device: torch.device) -> None:
+    """Raise :class:`~attnplan.errors.SpecError` where a runtime operand does not fit a call of (B, H, S, K).
 
     What can be checked from shapes is always checked; values are read only on the CPU, where reading them does not
     make the device wait.
     """
+    batch, heads, seq_len, kv_len = sizes
     for name, value in operands.items():
         if isinstance(value, Tensor) and value.device != device and value.dim() > 0:
             raise SpecError(f"{name} is on {value.device}, q is on {device}; move it there once, outside the loop")
@@ -174,6 +188,26 @@ def check_operands(operands: Mapping[str, Any], batch: int, seq_len: int, kv_len
         _check_offset(operands["q_offset"], batch, kv_len - seq_len)
     if "dropout_seed" in operands:
         _check_seed(operands["dropout_seed"])
+    for name, shapes in {
+        "bias": ((heads, seq_len, kv_len), (batch, heads, seq_len, kv_len)),
+        "alibi_slopes": ((heads,), (batch, heads)),
+        "sink_logits": ((heads,),),
+    }.items():
+        if name in operands:
+            _check_learned(name, operands[name], shapes)
+
+
+def _check_learned(name: str, value: Any, shapes: tuple[tuple[int, ...], ...]) -> None:
+    """Check a tensor that has gradients; a bias may have sizes of 1."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        for shape in shapes:
+            once = 1 if name == "bias" else None
+            if len(shape) == value.dim() and all(n in (m, once) for n, m in zip(value.shape, shape, strict=True)):
+                return
+    got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    wanted = " or ".join(str(list(shape)) for shape in shapes)
+    broadcast = ", with sizes of 1 where it broadcasts" if name == "bias" else ""
+    raise SpecError(f"{name} must be a floating-point tensor {wanted}{broadcast}; got {got}")
 
 
 def _check_padding(mask: Any, batch: int, kv_len: int) -> None:

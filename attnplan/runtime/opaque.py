@@ -8,16 +8,18 @@ see, save, and count.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from attnplan.errors import AttnPlanError, KernelError
 from attnplan.ir.native import Window
-from attnplan.runtime.kernels import KERNELS, PLAIN, Native
+from attnplan.runtime.kernels import KERNELS, Pair, Request, Triple
 from attnplan.runtime.tables import BlockLists, Lists
-from attnplan.runtime.views import with_features_in_line
+from attnplan.runtime.views import rows_first, with_features_in_line
+
+T = TypeVar("T")
 
 
 def is_watched() -> bool:
@@ -36,85 +38,51 @@ class Opaque:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def run(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, native: Native
-    ) -> tuple[Tensor, Tensor]:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, asked: Request) -> Pair:
         """Call the forward kernel."""
         raise NotImplementedError
 
     def run_backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-        scale: float,
-        native: Native,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, asked: Request
+    ) -> Triple:
         """Call the backward kernel."""
         raise NotImplementedError
 
-    def run_direct(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, native: Native) -> Tensor:
+    def run_direct(self, q: Tensor, k: Tensor, v: Tensor, asked: Request) -> Tensor:
         """Call the package's own differentiable function."""
         raise NotImplementedError
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        causal: bool,
-        mask: Tensor | None,
-        scale: float,
-        native: Native = PLAIN,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, asked: Request) -> Pair:
         """Return output and LSE."""
         if is_watched():
-            forward = getattr(torch.ops.attnplan, f"{self.family}_forward")
-            return forward(q, k, v, *_flat(self.name, mask, causal, scale, native))  # type: ignore[no-any-return]
-        try:
-            return self.run(q, k, v, mask, causal, scale, native)
-        except Exception as error:  # kernels of other packages raise whatever they like
-            self._report(error, "forward", (q, k, v))
+            return self._registered("forward")(q, k, v, *_flat(self.name, asked))  # type: ignore[no-any-return]
+        return self.reported("forward", self.run, q, k, v, asked)
 
     def backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        *,
-        causal: bool,
-        mask: Tensor | None,
-        scale: float,
-        native: Native = PLAIN,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, asked: Request
+    ) -> Triple:
         """Return the gradients of q, k and v."""
         if is_watched():
-            backward = getattr(torch.ops.attnplan, f"{self.family}_backward")
-            flat = _flat(self.name, mask, causal, scale, native)
-            return backward(grad, q, k, v, out, lse, *flat)  # type: ignore[no-any-return]
-        try:
-            return self.run_backward(grad, q, k, v, out, lse, mask, causal, scale, native)
-        except Exception as error:  # kernels of other packages raise whatever they like
-            self._report(error, "backward", (q, k, v))
+            found: Triple = self._registered("backward")(grad, q, k, v, out, lse, *_flat(self.name, asked))
+            return found
+        return self.reported("backward", self.run_backward, grad, q, k, v, out, lse, asked)
 
-    def direct(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, native: Native) -> Tensor:
+    def direct(self, q: Tensor, k: Tensor, v: Tensor, asked: Request) -> Tensor:
         """Return the output of a call that the package itself, or the registered operator, differentiates."""
         if is_watched():
-            forward = getattr(torch.ops.attnplan, f"{self.family}_forward")
-            return forward(q, k, v, *_flat(self.name, None, causal, scale, native))[0]  # type: ignore[no-any-return]
+            return self._registered("forward")(q, k, v, *_flat(self.name, asked))[0]  # type: ignore[no-any-return]
+        return self.reported("forward", self.run_direct, q, k, v, asked)
+
+    def _registered(self, what: str) -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(torch.ops.attnplan, f"{self.family}_{what}")
+        return found
+
+    def reported(self, what: str, run: Callable[..., T], *given: Any) -> T:
+        """Return ``run(*given)``; what it raises is reported with the kernel and the shapes."""
         try:
-            return self.run_direct(q, k, v, causal, scale, native)
+            return run(*given)
         except Exception as error:  # kernels of other packages raise whatever they like
-            self._report(error, "forward", (q, k, v))
+            self._report(error, what, given[:3] if what == "forward" else given[1:4])
 
     def _report(self, error: Exception, what: str, given: tuple[Tensor, ...]) -> NoReturn:
         if isinstance(error, AttnPlanError | torch.OutOfMemoryError):
@@ -126,31 +94,40 @@ class Opaque:
         ) from error
 
 
-Flat = tuple[Tensor | None, Tensor | None, list[Tensor], str, bool, list[int], float, float]
-"""(mask, documents, block lists, kernel, causal, [left, right, tile queries, tile keys], scale, softcap)."""
+Flat = tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor], str, bool, list[int], float, float]
+"""(mask, bias, documents, block lists, kernel, causal, [left, right, tile queries, tile keys], scale, softcap)."""
 
 
-def _flat(name: str, mask: Tensor | None, causal: bool, scale: float, native: Native) -> Flat:
-    window = [-1 if n is None else n for n in native.window]
-    blocks, tile = native.blocks, [0, 0]
+def _flat(name: str, asked: Request) -> Flat:
+    window = [-1 if n is None else n for n in asked.window]
+    blocks, tile = asked.blocks, [0, 0]
     tensors: list[Tensor] = []
     if blocks is not None:
         tile = list(blocks.tile)
         for x in (blocks.rows, blocks.columns):
             tensors += [x.partial_count, x.partial_index, x.full_count, x.full_index]
-    return mask, native.documents, tensors, name, causal, window + tile, scale, native.softcap
+    numbers = (window + tile, asked.scale, asked.softcap)
+    return asked.mask, asked.bias, asked.documents, tensors, name, asked.causal, *numbers
 
 
-def _native(documents: Tensor | None, blocks: Sequence[Tensor], sizes: Sequence[int], softcap: float) -> Native:
+def _unflat(
+    mask: Tensor | None,
+    bias: Tensor | None,
+    documents: Tensor | None,
+    blocks: Sequence[Tensor],
+    kernel: str,
+    causal: bool,
+    sizes: Sequence[int],
+    scale: float,
+    softcap: float,
+) -> tuple[Opaque, Request]:
+    """Return the inverse of :func:`_flat`."""
     left, right, tall, wide = sizes
     window: Window = (None if left < 0 else left, None if right < 0 else right)
     made = BlockLists((tall, wide), Lists(*blocks[:4]), Lists(*blocks[4:])) if blocks else None
-    return Native(window, softcap, documents, made)
-
-
-def laid_out(x: Tensor) -> Tensor:
-    """Return ``[N, M, R, D]`` whose rows lie in memory as ``[N, R, M, D]``, as the registered operators promise."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    one = KERNELS[kernel]
+    assert isinstance(one, Opaque)
+    return one, Request(scale, causal, mask, bias, window, softcap, documents, made)
 
 
 def _run_forward(
@@ -158,6 +135,7 @@ def _run_forward(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    bias: Tensor | None,
     documents: Tensor | None,
     blocks: Sequence[Tensor],
     kernel: str,
@@ -166,13 +144,9 @@ def _run_forward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    one = KERNELS[kernel]
-    assert isinstance(one, Opaque)
-    try:
-        out, lse = one.run(q, k, v, mask, causal, scale, _native(documents, blocks, sizes, softcap))
-    except Exception as error:  # kernels of other packages raise whatever they like
-        one._report(error, "forward", (q, k, v))
-    return laid_out(out), lse.contiguous()
+    one, asked = _unflat(mask, bias, documents, blocks, kernel, causal, sizes, scale, softcap)
+    out, lse = one.reported("forward", one.run, q, k, v, asked)
+    return rows_first(out), lse.contiguous()
 
 
 def _run_backward(
@@ -183,6 +157,7 @@ def _run_backward(
     out: Tensor,
     lse: Tensor,
     mask: Tensor | None,
+    bias: Tensor | None,
     documents: Tensor | None,
     blocks: Sequence[Tensor],
     kernel: str,
@@ -191,15 +166,10 @@ def _run_backward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    one = KERNELS[kernel]
-    assert isinstance(one, Opaque)
-    native = _native(documents, blocks, sizes, softcap)
-    grad = with_features_in_line(grad)
-    try:
-        dq, dk, dv = one.run_backward(grad, q, k, v, out, lse, mask, causal, scale, native)
-    except Exception as error:  # kernels of other packages raise whatever they like
-        one._report(error, "backward", (q, k, v))
-    return laid_out(dq), laid_out(dk), laid_out(dv)
+    one, asked = _unflat(mask, bias, documents, blocks, kernel, causal, sizes, scale, softcap)
+    given = (with_features_in_line(grad), q, k, v, out, lse, asked)
+    dq, dk, dv = one.reported("backward", one.run_backward, *given)
+    return rows_first(dq), rows_first(dk), rows_first(dv)
 
 
 def _like(x: Tensor, features: int) -> Tensor:
@@ -219,18 +189,18 @@ def _register(family: str) -> Callable[..., Any]:
         return _like(q, q.shape[-1]), _like(k, k.shape[-1]), _like(v, v.shape[-1])
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, mask, documents, blocks, *ctx.rest = inputs
+        q, k, v, mask, bias, documents, blocks, *ctx.rest = inputs
         out, lse = output
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse, mask, documents, *blocks)
+        ctx.save_for_backward(q, k, v, out, lse, mask, bias, documents, *blocks)
 
     def differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, out, lse, mask, documents, *blocks = ctx.saved_tensors
-        nothing = (None, None, [None] * len(blocks), *(None for _ in ctx.rest))
+        q, k, v, out, lse, mask, bias, documents, *blocks = ctx.saved_tensors
+        nothing = (None, None, None, [None] * len(blocks), *(None for _ in ctx.rest))
         if grad is None:
             return None, None, None, *nothing
-        return *backward(grad, q, k, v, out, lse, mask, documents, blocks, *ctx.rest), *nothing
+        return *backward(grad, q, k, v, out, lse, mask, bias, documents, blocks, *ctx.rest), *nothing
 
     forward.register_fake(fake_forward)
     backward.register_fake(fake_backward)

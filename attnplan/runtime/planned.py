@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from attnplan.errors import AttnPlanError, SpecError
+from attnplan.runtime.scores import learned
 from attnplan.runtime.views import accumulator, empty_like_rows
 
 Pair = tuple[Tensor, Tensor | None]
-Triple = tuple[Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, ...]
 
 
 class Runner(Protocol):
@@ -31,8 +32,14 @@ class Runner(Protocol):
         """Check a call and run it."""
         ...
 
-    def gradients(self, flow: Sequence[Tensor | None], given: Sequence[Tensor], operands: Mapping[str, Any]) -> Triple:
-        """Return the gradients from ``(grad, grad_lse)`` and ``(q, k, v, out, lse)``."""
+    def gradients(
+        self,
+        flow: Sequence[Tensor | None],
+        given: Sequence[Tensor],
+        operands: Mapping[str, Any],
+        names: Sequence[str] = (),
+    ) -> Gradients:
+        """Return dq, dk, dv from ``(grad, grad_lse)`` and ``(q, k, v, out, lse)``, then those of the named operands."""
         ...
 
 
@@ -161,17 +168,24 @@ def _planned_backward(
     lse: Tensor,
     operands: Sequence[Tensor],
     names: str,
+    learned: str,
     handle: Tensor | None,
     text: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    found = _find(handle, text).gradients((grad, grad_lse), (q, k, v, out, lse), _named(operands, names))
-    dq, dk, dv = (_as_promised(d, x) for d, x in zip(found, (q, k, v), strict=True))
-    return dq, dk, dv
+) -> list[Tensor]:
+    given, wanted = _named(operands, names), learned.split(",") if learned else []
+    found = _find(handle, text).gradients((grad, grad_lse), (q, k, v, out, lse), given, wanted)
+    rest = [d.contiguous() for d in found[3:]]
+    return [*(_as_promised(d, x) for d, x in zip(found[:3], (q, k, v), strict=True)), *rest]
 
 
 @_planned_backward.register_fake
-def _(grad: Any, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-    return tuple(_like(x, x.shape[-1]) for x in (q, k, v))
+def _(
+    grad: Any, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, out: Any, lse: Any, operands: Any, names: str,
+    learned: str, *rest: Any,
+) -> Any:  # fmt: skip
+    given, wanted = _named(operands, names), learned.split(",") if learned else []
+    own = [torch.empty_like(given[name], memory_format=torch.contiguous_format) for name in wanted]
+    return [*(_like(x, x.shape[-1]) for x in (q, k, v)), *own]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -180,27 +194,32 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     if not has_lse:
         ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
+    ctx.learned = learned(_named(operands, ctx.names))
     ctx.save_for_backward(q, k, v, out, lse, handle, *operands)
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, handle, *operands = ctx.saved_tensors
-    nothing = ([None] * len(operands), None, None, None, None)
+    nothing = (None, None, None, None)
     if grad is None and grad_lse is None:
-        return None, None, None, *nothing
-    given = (grad, grad_lse, q, k, v, out, lse, operands, ctx.names, handle, ctx.text)
-    return *torch.ops.attnplan.planned_backward(*given), *nothing
+        return None, None, None, [None] * len(operands), *nothing
+    given = (grad, grad_lse, q, k, v, out, lse, operands, ctx.names, ",".join(ctx.learned), handle, ctx.text)
+    dq, dk, dv, *rest = torch.ops.attnplan.planned_backward(*given)
+    own = dict(zip(ctx.learned, rest, strict=True))
+    return dq, dk, dv, [own.get(name) for name in _named(operands, ctx.names)], *nothing
 
 
 _planned.register_autograd(_differentiate, setup_context=_setup)
 
 
-def neutral_operands(names: Iterable[str], batch: int, kv_len: int, device: torch.device) -> dict[str, Tensor]:
-    """Return operands for a call that is run for its side effects: one document, no padding, first position, seed 0.
+def neutral_operands(
+    names: Iterable[str], batch: int, heads: int, kv_len: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Return operands for a call that is run for its side effects: one document, no padding, first position, zeros.
 
     Examples
     --------
-    >>> neutral_operands(["documents"], 1, 8, torch.device("cpu"))
+    >>> neutral_operands(["documents"], 1, 2, 8, torch.device("cpu"))
     {'documents': tensor([0, 8], dtype=torch.int32)}
     """
     known = {
@@ -208,23 +227,26 @@ def neutral_operands(names: Iterable[str], batch: int, kv_len: int, device: torc
         "key_padding": lambda: torch.ones(batch, kv_len, dtype=torch.bool, device=device),
         "q_offset": lambda: torch.zeros((), dtype=torch.int64, device=device),
         "dropout_seed": lambda: torch.zeros((), dtype=torch.int64, device=device),
+        "bias": lambda: torch.zeros(1, 1, 1, device=device),
+        "alibi_slopes": lambda: torch.zeros(heads, device=device),
+        "sink_logits": lambda: torch.zeros(heads, device=device),
     }
     return {name: known[name]() for name in names}
 
 
 def gradients_by_autograd(
     run: Callable[..., Pair], flow: Sequence[Tensor | None], given: Sequence[Tensor], has_lse: bool
-) -> Triple:
+) -> Gradients:
     """Return the gradients of a program that autograd differentiates: it runs once more.
 
     Parameters
     ----------
     run
-        ``(q, k, v, return_lse) -> (out, lse)``.
+        ``(q, k, v, *more, return_lse) -> (out, lse)``.
     flow
         Gradients of output and LSE, or None.
     given
-        q, k, v.
+        q, k, v, and what else gradients are asked for.
     has_lse
         Whether to ask for the LSE.
     """
@@ -234,5 +256,4 @@ def gradients_by_autograd(
         results = run(*leaves, has_lse and flow[1] is not None)
         pairs = [(x, g) for x, g in zip(results, flow, strict=True) if x is not None and g is not None]
         outs, upstream = [x for x, _ in pairs], [g for _, g in pairs]
-        dq, dk, dv = torch.autograd.grad(outs, leaves, upstream, allow_unused=True, materialize_grads=True)
-    return dq, dk, dv
+        return torch.autograd.grad(outs, leaves, upstream, allow_unused=True, materialize_grads=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from attnplan.ir import Attend, RowMap
 from attnplan.patterns import Shape
 from attnplan.patterns.tiles import BlockTable, Grid, block_table
+from attnplan.runtime.masks import runtime_tables
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -89,6 +90,28 @@ def block_lists(table: BlockTable, device: torch.device | str = "cpu") -> BlockL
     by_rows = lists(dense[classes], device)
     by_columns = lists(np.swapaxes(dense, 1, 2)[classes], device)
     return BlockLists(table.grid.tile, by_rows, by_columns)
+
+
+def tables_by_shift(
+    operands: Mapping[str, Any], shift: int | None, kv_len: int
+) -> list[tuple[int, dict[str, np.ndarray]]]:
+    """Return positions of query row 0 with the runtime tables for them: one, or one for each batch element.
+
+    ``shift`` is the position where it is known; otherwise the operand ``q_offset`` has one for all, or one for each.
+
+    Examples
+    --------
+    >>> operands = {"q_offset": torch.tensor([3, 1]), "documents": torch.tensor([0, 2, 4])}
+    >>> tables_by_shift(operands, None, 4)
+    [(3, {'documents': array([[0, 0, 1, 1]])}), (1, {'documents': array([[0, 0, 1, 1]])})]
+    """
+    tables = {name: t.cpu().numpy() for name, t in runtime_tables(operands, kv_len).items()}
+    if shift is not None:
+        return [(shift, tables)]
+    shifts = torch.as_tensor(operands["q_offset"]).reshape(-1).tolist()
+    if len(shifts) == 1:
+        return [(shifts[0], tables)]
+    return [(one, {n: t[min(b, len(t) - 1)][None] for n, t in tables.items()}) for b, one in enumerate(shifts)]
 
 
 def to_block_mask(table: BlockTable, mask_mod: MaskFunction, device: torch.device | str = "cpu") -> BlockMask:

@@ -21,8 +21,9 @@ from attnplan.patterns import Shape
 from attnplan.patterns.grids import Neighborhood
 from attnplan.patterns.tiles import BlockTable, Grid, block_table
 from attnplan.patterns.tiles.boxes import boxed_table, visiting_order
-from attnplan.runtime.kernels import KERNELS
-from attnplan.runtime.masks import runtime_tables
+from attnplan.runtime.kernels import KERNELS, Request
+from attnplan.runtime.tables import tables_by_shift
+from attnplan.runtime.views import accumulator
 
 _KEPT_TABLES = 4
 _SHARE = 0.8  # rows of one batch have at least this share of the tiles of the fullest
@@ -122,14 +123,10 @@ class TileBuilder(torch.nn.Module):
 
     def _build(self, operands: Mapping[str, Any], kv_len: int, batch: int, device: torch.device) -> Tiles:
         self.built += 1
-        tables = {name: t.cpu().numpy() for name, t in runtime_tables(operands, kv_len).items()}
-        offset = operands.get("q_offset")
-        shifts = [self.op.shift] if self.op.shift is not None else _offsets(offset)
         found: list[Heads] = []
-        for b, shift in enumerate(shifts):
-            one = b if len(shifts) > 1 else None
-            here = tables if one is None else {n: t[min(b, len(t) - 1)][None] for n, t in tables.items()}
-            found += self._heads(here, shift, one, device)
+        each = tables_by_shift(operands, self.op.shift, kv_len)
+        for b, (shift, tables) in enumerate(each):
+            found += self._heads(tables, shift, b if len(each) > 1 else None, device)
         assert self.op.tile is not None
         return Tiles(self.op.tile, tuple(found), self._order(device))
 
@@ -174,10 +171,6 @@ class TileBuilder(torch.nn.Module):
         sizes, shown = [a.size for a in self.q.batch], [a.size for a in self.k.batch]
         places = np.arange(int(np.prod(shown))).reshape(shown)
         return [int(x) for x in np.broadcast_to(places, sizes).reshape(-1)]
-
-
-def _offsets(offset: Any) -> list[int]:
-    return [int(x) for x in offset.reshape(-1).tolist()] if isinstance(offset, Tensor) else [int(offset)]
 
 
 def _even_groups(members: Sequence[int], keys: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
@@ -272,7 +265,7 @@ def attend_tiles(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, kernel: str, sca
     tall, wide = tiles.tile
     cut_q, cut_k, cut_v = _Tiled(q, tall), _Tiled(k, wide), _Tiled(v, wide)
     b, h, r = cut_q.x.shape[:3]
-    wider = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wider = accumulator(q.dtype)
     out = q.new_zeros((b, h, r, tall, v.shape[-1]))
     lse = q.new_full((b, h, r, tall), -torch.inf, dtype=wider)
     for at, heads, part in _each(tiles, b):
@@ -280,9 +273,7 @@ def attend_tiles(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, kernel: str, sca
             cut_q.take(at, heads.queries, part.rows.unsqueeze(1)),
             cut_k.take(at, heads.keys, part.columns),
             cut_v.take(at, heads.keys, part.columns),
-            causal=False,
-            mask=part.bias(q.dtype),
-            scale=scale,
+            Request(scale, mask=part.bias(q.dtype)),
         )
         empty = part.empty()
         if empty is not None:
@@ -310,7 +301,7 @@ def attend_tiles_backward(
     cut_k, cut_v = _Tiled(k, wide), _Tiled(v, wide)
     cut = [_Tiled(x, tall) for x in (grad, q, out)]
     cut_lse = _Tiled(lse.unsqueeze(-1), tall, torch.inf)  # rows that do not exist get weights of 0
-    wider = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wider = accumulator(q.dtype)
     totals = [torch.zeros(x.x.shape, dtype=wider, device=q.device) for x in (cut[1], cut_k, cut_v)]
     for at, heads, part in _each(tiles, q.shape[0]):
         rows = part.rows.unsqueeze(1)
@@ -322,9 +313,7 @@ def attend_tiles_backward(
             cut_v.take(at, heads.keys, part.columns),
             some_out,
             cut_lse.take(at, heads.queries, rows).squeeze(-1),
-            causal=False,
-            mask=part.bias(q.dtype),
-            scale=scale,
+            Request(scale, mask=part.bias(q.dtype)),
         )
         for total, found, members, places in zip(
             totals, gradients, (heads.queries, heads.keys, heads.keys), (rows, part.columns, part.columns), strict=True

@@ -87,6 +87,15 @@ def empty_like_rows(q: Tensor, features: int, dtype: torch.dtype) -> Tensor:
     return q.new_empty((b, h, s, features), dtype=dtype)
 
 
+def rows_first(x: Tensor) -> Tensor:
+    """Return ``[B, H, S, D]`` whose memory has the order ``[B, S, H, D]``.
+
+    The CUTLASS backward needs its output so: it reads rows as if all heads of one lay side by side. Registered
+    operators promise it, so that a trace knows their strides.
+    """
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def zero_gradient(x: Tensor) -> Tensor:
     """Return zeros in which the gradient of ``x`` is summed."""
     return empty_like_rows(x, x.shape[-1], accumulator(x.dtype)).zero_()

@@ -26,10 +26,10 @@ def anchored(call: Call, through_lse: bool) -> tuple[str, Numbers]:
     """Return what torch computes for a call, and by which kernel.
 
     On CUDA it is SDPA by cuDNN, or by the first other kernel that takes the call where cuDNN does not; the name says
-    which one it was. A softcap and dropout are nothing that SDPA knows: there it is plain torch.
+    which one it was. Softcaps, dropout, biases and sinks are nothing that SDPA differentiates: there it is plain torch.
     """
     spec = call.spec
-    if spec.softcap is not None or spec.dropout:
+    if spec.softcap is not None or spec.dropout or spec.biases or spec.sink_logits:
         return "plain torch", _plain(call, through_lse)
     if call.inputs[0].device.type != "cuda":
         return "SDPA", _by_sdpa(call, through_lse)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from attnplan.plan import Plan
 from attnplan.spec import AttentionSpec
-from attnplan.testing.reference import branch_masks, kept_pairs
+from attnplan.testing.reference import added_scores, branch_masks, kept_pairs
 from attnplan.verify import random_inputs, random_operands
 
-Dense = Callable[[AttentionSpec, Tensor, Tensor, Tensor, Sequence[Tensor], Tensor | None], tuple[Tensor, Tensor | None]]
+Dense = Callable[..., tuple[Tensor, Tensor | None]]
+"""``(spec, q, k, v, masks, keep, added, sinks) -> (output, LSE)``."""
 
 PAIRS_AT_ONCE = 2**24
 """Pairs of one call that are compared; of a larger one a sample of the query rows."""
@@ -71,15 +72,15 @@ class Call:
         dtype = getattr(torch, spec.dtype)
         grad = torch.randn(size, generator=source, dtype=torch.float64).to(dtype).to(device, torch.float64)
         grad_lse = torch.randn(size[:3], generator=source, dtype=torch.float64).to(dtype).to(device, torch.float64)
-        covered = torch.stack(masks).any(0).any(-1)
+        covered = torch.stack(masks).any(0).any(-1) | spec.sink_logits
         keep = kept_pairs(spec, placed, rows, spec.batch)
         through = grad_lse * covered if spec.has_lse else None
         return cls(spec, (q, k, v), placed, rows, tuple(masks), keep, grad, through)
 
     @property
     def empty(self) -> Tensor:
-        """Rows ``[B, H, n]`` that no branch lets see a key."""
-        return ~torch.stack(self.masks).any(0).any(-1)
+        """Rows ``[B, H, n]`` that no branch lets see a key, and that have no sink."""
+        return ~(torch.stack(self.masks).any(0).any(-1) | self.spec.sink_logits)
 
     def copies(self, keys: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sampled rows of q, and k and v repeated along the keys until they are ``keys``."""
@@ -95,7 +96,9 @@ class Call:
         """Return the numbers of a dense function, computed in ``dtype``."""
         wide = getattr(torch, dtype)
         q, k, v = (x.detach().to(wide).requires_grad_() for x in (self.inputs[0][:, :, self.rows], *self.inputs[1:]))
-        out, lse = dense(self.spec, q, k, v, self.masks, self.keep)
+        added = added_scores(self.spec, self.operands, self.rows)
+        sinks = self.operands["sink_logits"] if self.spec.sink_logits else None
+        out, lse = dense(self.spec, q, k, v, self.masks, self.keep, added, sinks)
         grads = self._gradients(out, lse if through_lse else None, (q, k, v))
         return self.numbers(out, lse, *grads)
 

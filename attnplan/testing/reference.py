@@ -71,13 +71,35 @@ def kept_pairs(spec: AttentionSpec, operands: Mapping[str, Tensor], rows: Tensor
     return keep_mask(operands["dropout_seed"], element, head, rows.reshape(1, 1, -1, 1), key, spec.dropout)
 
 
+def added_scores(spec: AttentionSpec, operands: Mapping[str, Tensor], rows: Tensor) -> Tensor | None:
+    """Return what is added to the scores of sampled rows, float64 ``[B or 1, H or 1, n, K]``, or None."""
+    total: Tensor | None = None
+    if spec.bias:
+        given = operands["bias"].double()
+        given = given if given.dim() == 4 else given[None]
+        total = given if given.shape[2] == 1 else given[:, :, rows]
+    if spec.alibi_slopes:
+        first = operands["q_offset"].reshape(-1, 1, 1, 1) if spec.q_offset else spec.shape.shift
+        apart = (rows.reshape(1, 1, -1, 1) + first - _axis(spec.shape.kv_len, 3, rows.device)).abs()
+        slopes = operands["alibi_slopes"].double().reshape(-1, spec.heads, 1, 1)
+        total = -slopes * apart if total is None else total - slopes * apart
+    return total
+
+
 def _axis(count: int, place: int, device: torch.device) -> Tensor:
     """Return 0 to ``count`` along one of four dimensions."""
     return torch.arange(count, device=device).reshape([-1 if i == place else 1 for i in range(4)])
 
 
 def dense_attention(
-    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, masks: Sequence[Tensor], keep: Tensor | None
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    masks: Sequence[Tensor],
+    keep: Tensor | None,
+    added: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return output ``[B, H, n, Dv]`` in the dtype of q, and LSE ``[B, H, n]`` where there is one.
 
@@ -91,6 +113,8 @@ def dense_attention(
         ``[B, H_kv, K, D]`` and ``[B, H_kv, K, Dv]``.
     masks, keep
         From :func:`branch_masks` and :func:`kept_pairs`.
+    added, sinks
+        From :func:`added_scores`; sink logits ``[H]``, each the score of one more key of value 0.
     """
     group = spec.heads // spec.kv_heads
     keys, values = (x.repeat_interleave(group, dim=1) for x in (k, v))
@@ -98,6 +122,8 @@ def dense_attention(
     scores = q.to(wide) @ keys.to(wide).mT * spec.softmax_scale
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    if added is not None:
+        scores = scores + added.to(wide)
     factor = 1.0 if keep is None else keep.to(wide) / (1 - spec.dropout)
 
     def mean_of(probabilities: Tensor) -> Tensor:
@@ -109,6 +135,10 @@ def dense_attention(
         outs = [w * mean_of(_softmax(scores, m.to(wide))[0]) for w, m in zip(weights, masks, strict=True)]
         return torch.stack(outs).sum(0), None
     times = torch.stack([m.to(wide) for m in masks]).sum(0)  # a key counts once for each branch that sees it
+    if sinks is not None:
+        own = sinks.to(wide).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        probabilities, lse = _softmax(torch.cat([scores, own], -1), torch.cat([times, torch.ones_like(own)], -1))
+        return mean_of(probabilities[..., :-1]), lse
     probabilities, lse = _softmax(scores, times)
     if spec.rule == "lse":
         return mean_of(probabilities), lse

@@ -24,7 +24,7 @@ from attnplan.spec import AttentionSpec
 _NATIVE = frozenset({"softcap", "mask"})
 FLEX_CPU = Schedule(
     name="flex",
-    kernel=KernelModel(efficiency=0.3, tile=128, native=_NATIVE),
+    kernel=KernelModel(efficiency=0.3, tile=128, native=_NATIVE, skips=True),
     title="FlexAttention, for gradients and LSE gathered tiles",
     tile=(128, 128),
     chunk=None,
@@ -32,14 +32,14 @@ FLEX_CPU = Schedule(
 )
 FLEX_CUDA = Schedule(
     name="flex",
-    kernel=KernelModel(efficiency=0.43, tile=128, native=_NATIVE),
+    kernel=KernelModel(efficiency=0.43, tile=128, native=_NATIVE, skips=True),
     title="FlexAttention",
     tile=(128, 128),
     chunk=None,
 )
 INDUCTOR_CPU = Schedule(
     name="inductor",
-    kernel=KernelModel(efficiency=0.2, tile=128, native=_NATIVE),
+    kernel=KernelModel(efficiency=0.2, tile=128, native=_NATIVE, skips=True),
     title="gathered tiles in plain torch",
     tile=(128, 128),
     chunk=None,
@@ -81,6 +81,8 @@ def _reasons(graph: Graph, spec: AttentionSpec, schedule: Schedule, device: Devi
         yield f"it runs one attend over whole inputs, the graph has {len(attends)} and {apart}"
         return
     op = attends[0][1]
+    if op.at is not None:
+        yield "its masks count rows and heads from 0, the inputs of this graph are some rows of the sequence only"
     if op.boxes is not None:
         yield "its tiles are runs of rows, those of this graph are boxes of a grid"
     if schedule.name == "flex":

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from attnplan.backends.base import Program, Schedule
-from attnplan.backends.eager.programs import FirstOrder
 from attnplan.ir import Attend, Graph
 from attnplan.runtime.chunks import ChunkedAttend, Sizes
+from attnplan.runtime.first_order import FirstOrder
 from attnplan.runtime.flex import FlexAttend, Options
+from attnplan.runtime.scores import learned, sink_gradient, sunk
 from attnplan.runtime.views import with_features_in_line
 from attnplan.spec import AttentionSpec
 
@@ -26,25 +27,34 @@ def emit(graph: Graph, spec: AttentionSpec, schedule: Schedule, device: str) -> 
     lengths = (shape.seq_len, shape.kv_len)
     flex = chunked = None
     if schedule.name == "flex":
-        options = Options(lengths, tile, op.scale, op.softcap, spec.heads != spec.kv_heads)
+        options = Options(lengths, tile, op.scale, op.softcap, spec.heads != spec.kv_heads, op.biases)
         flex = FlexAttend(op.where, shape, op.shift, options, device)
     if not device.startswith("cuda"):
-        sizes = Sizes(tile, spec.heads, spec.kv_heads, lengths, op.scale, op.softcap)
+        sizes = Sizes(tile, spec.heads, spec.kv_heads, lengths, op.scale, op.softcap, op.biases)
         chunked = ChunkedAttend(op.where, shape, op.shift, sizes)
     module = flex.condition.module if flex is not None else chunked.condition.module if chunked is not None else None
     assert module is not None
     source = f"# {op}, tiles {tile[0]} x {tile[1]}\n# mask:\n{str(module.code).strip()}\n"
     if chunked is None:
         assert flex is not None
-        return FlexProgram(flex, source)
-    return TiledProgram(flex, chunked, source)
+        return FlexProgram(flex, source, spec.sink_logits)
+    return TiledProgram(flex, chunked, source, spec.sink_logits)
+
+
+def _sunk(
+    out: Tensor, lse: Tensor | None, operands: Mapping[str, Any], return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return output and LSE with the call's sinks, in the dtype of ``out``."""
+    assert lse is not None
+    made, total = sunk(out, lse, operands["sink_logits"])
+    return made.to(out.dtype), total if return_lse else None
 
 
 class Inlined:
     """FlexAttention as a traced program takes it up, on CUDA."""
 
-    def __init__(self, flex: FlexAttend) -> None:
-        self.flex = flex
+    def __init__(self, flex: FlexAttend, sinks: bool = False) -> None:
+        self.flex, self.sinks = flex, sinks
 
     def takes(self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> bool:
         """Return whether this call can be taken up."""
@@ -54,7 +64,8 @@ class Inlined:
         self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Return output and LSE."""
-        return self.flex.traced(q, k, v, return_lse)
+        out, lse = self.flex.traced(q, k, v, operands, return_lse or self.sinks)
+        return _sunk(out, lse, operands, return_lse) if self.sinks else (out, lse)
 
 
 class FlexProgram:
@@ -63,16 +74,17 @@ class FlexProgram:
     differentiable_lse = True
     follows_lengths = False
 
-    def __init__(self, flex: FlexAttend, source: str) -> None:
-        self.flex, self.source = flex, source
-        self.inlined = Inlined(flex) if flex.table is None else None
+    def __init__(self, flex: FlexAttend, source: str, sinks: bool) -> None:
+        self.flex, self.source, self.sinks = flex, source, sinks
+        self.inlined = Inlined(flex, sinks) if flex.table is None else None
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Run on q, k, v in ``[B, H, S, D]``."""
         q, k, v = with_features_in_line(q), with_features_in_line(k), with_features_in_line(v)
-        return self.flex(q, k, v, operands, return_lse)
+        out, lse = self.flex(q, k, v, operands, return_lse or self.sinks)
+        return _sunk(out, lse, operands, return_lse) if self.sinks else (out, lse)
 
 
 class TiledProgram:
@@ -85,15 +97,25 @@ class TiledProgram:
     differentiable_lse = True
     follows_lengths = False
 
-    def __init__(self, flex: FlexAttend | None, chunked: ChunkedAttend, source: str) -> None:
-        self.flex, self.chunked, self.source = flex, chunked, source
+    def __init__(self, flex: FlexAttend | None, chunked: ChunkedAttend, source: str, sinks: bool) -> None:
+        self.flex, self.chunked, self.source, self.sinks = flex, chunked, source, sinks
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Run on q, k, v in ``[B, H, S, D]``."""
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            out, lse = _Chunked.apply(self.chunked, operands, q, k, v)  # type: ignore[no-untyped-call]
+        if self.sinks:
+            found = self._without_sinks(q, k, v, operands, True)
+            return _sunk(*found, operands, return_lse)
+        return self._without_sinks(q, k, v, operands, return_lse)
+
+    def _without_sinks(
+        self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        names = tuple(n for n in learned(operands) if n in self.chunked.sizes.biases)
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or names):
+            own = (operands[n] for n in names)
+            out, lse = _Chunked.apply(self.chunked, operands, names, q, k, v, *own)  # type: ignore[no-untyped-call]
             return out, lse
         if self.flex is None or return_lse or not q.numel():
             return self.chunked.forward(q, k, v, operands)
@@ -101,29 +123,45 @@ class TiledProgram:
         return self.flex(q, k, v, operands, False)
 
     def gradients(
-        self, flow: Sequence[Tensor | None], given: Sequence[Tensor], operands: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk, dv from ``(grad, grad_lse)`` and ``(q, k, v, out, lse)``."""
-        with torch.no_grad():
-            return self.chunked.backward(flow, given, operands)
+        self,
+        flow: Sequence[Tensor | None],
+        given: Sequence[Tensor],
+        operands: Mapping[str, Any],
+        names: Sequence[str] = (),
+    ) -> tuple[Tensor, ...]:
+        """Return dq, dk, dv from ``(grad, grad_lse)`` and ``(q, k, v, out, lse)``, then those of the named operands."""
+        biases = [n for n in names if n in self.chunked.sizes.biases]
+        with torch.no_grad():  # output and LSE include the sinks, as a part of a merge has those of the whole
+            found = self.chunked.backward(flow, given, operands, biases)
+            by_name = dict(zip(biases, found[3:], strict=True))
+            if "sink_logits" in names:
+                _, _, _, out, lse = given
+                grad = torch.zeros_like(out) if flow[0] is None else flow[0]
+                by_name["sink_logits"] = sink_gradient(grad, flow[1], out, lse, operands["sink_logits"])
+        return *found[:3], *(by_name[n] for n in names)
 
 
 class _Chunked(torch.autograd.Function):
     """Compiled tiles with their own backward, which has first-order gradients only."""
 
     @staticmethod
-    def forward(ctx: Any, chunked: ChunkedAttend, operands: Mapping[str, Any], *given: Tensor) -> Any:
-        q, k, v = given
+    def forward(
+        ctx: Any, chunked: ChunkedAttend, operands: Mapping[str, Any], names: tuple[str, ...], *given: Tensor
+    ) -> Any:
+        q, k, v, *own = given
         out, lse = chunked.forward(q, k, v, operands)
-        ctx.chunked, ctx.operands = chunked, operands
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.chunked, ctx.names = chunked, names
+        ctx.operands = {name: x for name, x in operands.items() if name not in names}
+        ctx.save_for_backward(q, k, v, out, lse, *own)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
+        saved = ctx.saved_tensors
+        operands = {**ctx.operands, **dict(zip(ctx.names, saved[5:], strict=True))}
         with torch.no_grad():
-            gradients = ctx.chunked.backward((grad, grad_lse), ctx.saved_tensors, ctx.operands)
+            gradients = ctx.chunked.backward((grad, grad_lse), saved[:5], operands, ctx.names)
         if torch.is_grad_enabled():  # only under create_graph=True
             gradients = FirstOrder.apply(*(x.detach().requires_grad_() for x in gradients))  # type: ignore[no-untyped-call]
-        return None, None, *gradients
+        return None, None, None, *gradients

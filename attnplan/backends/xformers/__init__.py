@@ -47,7 +47,7 @@ CUTLASS = Schedule(
 )
 SPLIT_K = Schedule(
     "split-k",
-    KernelModel(efficiency=0.2, masks=False, skips_causal=False),
+    KernelModel(efficiency=0.2, masks=False, skips_causal=False, partials=64),
     "xformers' Triton split-K forward, FlashAttention-2 backward",
     runs="xformers-split-k",
     packages=PACKAGES,

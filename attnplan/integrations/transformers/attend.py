@@ -32,6 +32,7 @@ def _plan(
     softcap: float | None,
     q_bound: int,
     kv_bound: int,
+    sinks: bool,
 ) -> attnplan.Plan:
     """Return the plan for all batch sizes and lengths; the cache only spares building the spec at every call."""
     spec = AttentionSpec(
@@ -46,6 +47,7 @@ def _plan(
         scale=scale,
         softcap=softcap,
         q_offset=q_offset,
+        sink_logits=sinks,
     )
     return attnplan.compile(spec, device)
 
@@ -70,6 +72,7 @@ def attention(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Compute one layer's attention: the attention function of transformers' ``AttentionInterface``.
@@ -86,6 +89,8 @@ def attention(
         Probability, factor on ``q @ k^T`` and cap of the scores.
     is_causal, sliding_window
         Count only where no mask is given, as everywhere in transformers: a mask says all.
+    s_aux
+        Sink logits ``[H]``: the score of one more key of value 0. They have gradients.
     options
         Ignored, but for what would change the result: that is refused.
 
@@ -97,7 +102,7 @@ def attention(
     Raises
     ------
     SpecError
-        If the model asks for something that plans cannot do: dropout, sink logits, a position bias, a paged cache,
+        If the model asks for something that plans cannot do: dropout, a position bias, a paged cache,
         attention weights.
 
     References
@@ -112,7 +117,7 @@ def attention(
     elif isinstance(attention_mask, ProvenMask) and attention_mask.shape == (batch, 1, q_length, kv_length):
         request = attention_mask.request
     else:
-        return _fall_back(module, query, key, value, attention_mask, scaling, softcap)
+        return _fall_back(module, query, key, value, attention_mask, scaling, softcap, s_aux)
     plan = _plan(
         request.pattern,
         "q_offset" in request.operands,
@@ -126,13 +131,16 @@ def attention(
         softcap,
         _bound(q_length),
         _bound(kv_length),
+        s_aux is not None,
     )
     count()
-    return plan(query, key, value, **request.operands).transpose(1, 2).contiguous(), None
+    operands: dict[str, Any] = dict(request.operands)
+    if s_aux is not None:
+        operands["sink_logits"] = s_aux
+    return plan(query, key, value, **operands).transpose(1, 2).contiguous(), None
 
 
 _REFUSED = {
-    "s_aux": "sink logits (s_aux)",
     "position_bias": "a position bias",
     "cache": "a paged cache",
     "output_attentions": "attention weights (output_attentions=True)",
@@ -173,13 +181,15 @@ def _fall_back(
     mask: Tensor,
     scaling: float | None,
     softcap: float | None,
+    s_aux: Tensor | None,
 ) -> tuple[Tensor, None]:
     reason = getattr(mask, "_attnplan_reason", "a dense mask from the model or its caller")
     if isinstance(mask, ProvenMask):
         reason = "a mask whose shape differs from the layer's q and k"
         mask = mask.dense()
-    if softcap is not None:
-        raise SpecError(f"softcap={softcap} needs a plan, but there is none: {reason}; use attn_implementation='eager'")
+    for name, option in {"softcap": softcap, "s_aux": s_aux}.items():
+        if option is not None:
+            raise SpecError(f"{name} needs a plan, but there is none: {reason}; use attn_implementation='eager'")
     count(reason)
     stock: Any = import_module("transformers.integrations.sdpa_attention")
     out, _ = stock.sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=False)

@@ -192,6 +192,29 @@ def kept_tiles(pattern: Pattern, shape: Shape, grid: Grid, heads: Sequence[int])
     return total
 
 
+def row_counts(pattern: Pattern, shape: Shape, grid: Grid, heads: Sequence[int]) -> int:
+    """Return how many tiles the fullest row of a table would keep at most, without asking any pair.
+
+    Examples
+    --------
+    >>> from attnplan.patterns import causal
+    >>> shape = Shape(seq_len=1024, kv_len=1024, heads=2)
+    >>> row_counts(causal(), shape, Grid.of(shape, (128, 128)), range(2))
+    8
+    """
+    raw = pattern.tables(shape)
+    most = 0
+    keys = [pattern.head_key(h) for h in heads]
+    for b in range(max((t.shape[0] for t in raw.values()), default=1)):
+        tables = {name: t[min(b, t.shape[0] - 1)] for name, t in raw.items()}
+        for key in dict.fromkeys(keys):
+            for _, found in _row_blocks(pattern, grid, heads[keys.index(key)], tables):
+                lengths = np.where(found.state > 0, found.lengths(), 0)
+                counts = np.bincount(found.key // found.columns, weights=lengths, minlength=found.rows)
+                most = max(most, int(counts.max(initial=0)))
+    return most
+
+
 def _row_blocks(pattern: Pattern, grid: Grid, head: int, tables: Mapping[str, Any]) -> Iterator[tuple[Any, Runs]]:
     """Iterate over blocks of tile rows with their runs, so that memory stays small."""
     at_once = max(1, min(_ROWS_AT_ONCE, 2**22 // grid.columns))  # a rule may need a byte for every tile
