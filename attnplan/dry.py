@@ -1,0 +1,192 @@
+"""The dry run: how a spec is spread over a mesh, planned for any number of ranks without a process on any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from attnplan.backends import Backend, Schedule, registry
+from attnplan.cost import Device, resolve
+from attnplan.cost.calibration import parameters_for
+from attnplan.cost.comm import links
+from attnplan.explain import title
+from attnplan.ir import Graph
+from attnplan.ring.choose import RingCandidate, candidate_facts, choose
+from attnplan.ring.mesh import Mesh
+from attnplan.ring.price import Kernel
+from attnplan.ring.program import ITEM_BYTES
+from attnplan.spec import AttentionSpec
+from attnplan.units import format_bytes, format_count, format_seconds
+
+SHOWN_HOPS = 12
+"""Most hops in the table."""
+
+
+def kernels(spec: AttentionSpec, device: Device) -> tuple[Kernel, ...]:
+    """Return every schedule that a search would consider on a device."""
+    return tuple(
+        Kernel(f"{backend.name} ({schedule.name})", schedule.kernel, _Refuses(backend, schedule, spec, device))
+        for backend in registry().backends.values()
+        if backend.automatic and not backend.naive
+        for schedule in backend.schedules(device)
+    )
+
+
+class _Refuses:
+    """Whether a schedule refuses a graph of a rank."""
+
+    def __init__(self, backend: Backend, schedule: Schedule, spec: AttentionSpec, device: Device) -> None:
+        self.backend, self.schedule, self.spec, self.device = backend, schedule, spec, device
+
+    def __call__(self, graph: Graph) -> bool:
+        return bool(self.backend.refuse(graph, self.spec, self.schedule, self.device))
+
+
+def dry_run(
+    spec: AttentionSpec, mesh: object, device: object = "auto", layout: str = "auto", transport: str = "auto"
+) -> dict[str, Any]:
+    """Return how a spec would be spread over a mesh, as plain data.
+
+    Parameters
+    ----------
+    spec
+        What to compute, over the whole sequence.
+    mesh
+        ``"128x8"`` is 128 nodes of 8 ranks; a number of ranks is one node, or nodes of 8.
+    device
+        The device of each rank, as in :func:`attnplan.compile`.
+    layout, transport
+        Pin one of them.
+
+    Returns
+    -------
+    dict
+        ``spec mesh device choice ranks hops others``; bytes are those that one rank receives.
+
+    Raises
+    ------
+    RingError
+        If the mesh is none, a name is unknown, or every layout and transport is refused.
+
+    Examples
+    --------
+    >>> from attnplan.patterns import window
+    >>> spec = AttentionSpec(seq_len=65536, heads=8, head_dim=128, pattern=window(256, 0))
+    >>> found = dry_run(spec, 16, "h200")
+    >>> found["choice"]["name"], found["choice"]["received_bytes"], len(found["hops"])
+    ('contiguous > halo', 1048576, 2)
+    """
+    target = resolve(device)
+    ranks = Mesh.of(mesh)  # type: ignore[arg-type]  # it words the error
+    known = links(target.device)
+    table = parameters_for(target)
+    found = choose(spec, ranks, target.device, layout, transport, kernels(spec, target.device), known, table)
+    best, others = found[0], found[1:]
+    each = -(-spec.shape.seq_len // ranks.ranks)
+    return {
+        "schema": 1,
+        "spec": {"title": title(spec), "seq_len": spec.shape.seq_len, "rows_per_rank": each, "dtype": spec.dtype},
+        "mesh": {"nodes": ranks.nodes, "per_node": ranks.per_node, "ranks": ranks.ranks},
+        "device": {
+            "name": target.device.name,
+            "title": target.device.title,
+            "inside_gb_s": known.inside.bandwidth / 1e9,
+            "between_gb_s": known.between.bandwidth / 1e9,
+            "source": f"{known.inside.source}; {known.between.source}",
+        },
+        "choice": {
+            **candidate_facts(best, spec.training),
+            "work": "forward and backward" if spec.training else "forward",
+            "basis": table.basis,
+            "inputs_and_output_bytes": _held_bytes(spec, each),
+            "flops": 2 * max(r.pairs for r in best.ranks) * (spec.head_dim + spec.value_dim),
+        },
+        "ranks": [_rank_facts(best, i) for i in range(len(best.ranks))],
+        "hops": [h.facts for h in best.slowest.hops],
+        "others": [candidate_facts(c, spec.training) for c in others],
+    }
+
+
+def _held_bytes(spec: AttentionSpec, rows: int) -> int:
+    features = spec.heads * (spec.head_dim + spec.value_dim) + spec.kv_heads * (spec.head_dim + spec.value_dim)
+    return spec.batch * rows * features * ITEM_BYTES[spec.dtype]
+
+
+def _rank_facts(candidate: RingCandidate, i: int) -> dict[str, Any]:
+    rank = candidate.ranks[i]
+    return {
+        "rank": rank.rank,
+        "seconds": rank.seconds,
+        "received_bytes": rank.forward_bytes,
+        "received_bytes_backward": rank.backward_bytes,
+        "peak_bytes": rank.peak_bytes,
+        "pairs": rank.pairs,
+        "hops": len(rank.hops),
+    }
+
+
+def render(found: dict[str, Any]) -> str:
+    """Return the facts of :func:`dry_run` as a page of text."""
+    return "\n".join(_lines(found)) + "\n"
+
+
+def _lines(found: dict[str, Any]) -> Iterator[str]:
+    spec, mesh, device, choice = (found[key] for key in ("spec", "mesh", "device", "choice"))
+    yield spec["title"]
+    yield f"           {spec['dtype']}, {spec['seq_len']:,} rows, {spec['rows_per_rank']:,} on each rank"
+    yield (
+        f"mesh       {mesh['ranks']} ranks on {mesh['nodes']} node{'s' * (mesh['nodes'] > 1)} of {mesh['per_node']}, "
+        f"{device['title']}; {device['inside_gb_s']:.4g} GB/s inside a node"
+        + (f", {device['between_gb_s']:.4g} between" if mesh["nodes"] > 1 else "")
+    )
+    yield f"choice     {choice['name']}"
+    yield (
+        f"predicted  {format_seconds(choice['seconds'])} {choice['work']} ({choice['basis']})    peak "
+        f"{format_bytes(choice['peak_bytes'])} a rank, beside {format_bytes(choice['inputs_and_output_bytes'])} of "
+        "inputs and output"
+    )
+    backward = choice["received_bytes_backward"]
+    yield (
+        f"moves      {format_bytes(choice['received_bytes'])} to the rank that receives most"
+        + (f", {format_bytes(backward)} backward" if backward is not None else "")
+        + f"; {100 * choice['hidden']:.0f} % of the time behind compute"
+    )
+    yield f"does       {format_count(choice['flops'])}FLOP on the busiest rank; imbalance {choice['imbalance']:.2f}"
+    if choice["sends_more"]:
+        yield f"sends more than is needed: {choice['sends_more']}"
+    yield from _hop_table(found["hops"])
+    yield from _others(found["others"], choice["seconds"])
+
+
+def _hop_table(hops: list[dict[str, Any]]) -> Iterator[str]:
+    yield ""
+    heads = f"{'hop':>5} {'peers':>6} {'rows asked':>12} {'rows sent':>12} {'bytes':>10} {'arrive':>10} {'compute':>10}"
+    yield f"  {heads}  kernel"
+    kept = hops if len(hops) <= SHOWN_HOPS else [*hops[: SHOWN_HOPS - 4], *hops[-4:]]
+    for i, hop in enumerate(kept):
+        if i and hop["hop"] != kept[i - 1]["hop"] + 1 and len(hops) > SHOWN_HOPS:
+            yield f"  ... and {len(hops) - SHOWN_HOPS} more hops; --json lists all"
+        yield (
+            f"  {hop['hop']:>5} {hop['peers']:>6} {hop['asked']:>12,} {hop['received']:>12,} "
+            f"{format_bytes(hop['bytes']):>10} {format_seconds(hop['comm']):>10} {format_seconds(hop['compute']):>10}"
+            f"  {hop['kernel']}"
+        )
+
+
+def _others(others: list[dict[str, Any]], best: float) -> Iterator[str]:
+    if not others:
+        return
+    width = max(len(o["name"]) for o in others)
+    yield ""
+    for i, other in enumerate(others):
+        label = "others     " if i == 0 else "           "
+        if other["refused"]:
+            yield f"{label}{other['name']:<{width}}  refused   {other['refused']}"
+            continue
+        ratio = other["seconds"] / best
+        factor = f"+{100 * (ratio - 1):.0f} %" if ratio < 2 else f"x {ratio:.3g}"
+        about = "about " if other["estimated"] else ""
+        yield (
+            f"{label}{other['name']:<{width}}  {about}{format_seconds(other['seconds']):<9} {factor:<8} "
+            f"receives {format_bytes(other['received_bytes'])}, imbalance {other['imbalance']:.2f}"
+        )
