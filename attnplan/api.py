@@ -13,14 +13,18 @@ import attrs
 
 from attnplan import patterns as P
 from attnplan.calls import check_operand_names
-from attnplan.cost import resolve
+from attnplan.cost import Target, resolve
+from attnplan.cost.calibration import calibrated_at
+from attnplan.cost.model import demands
 from attnplan.cost.tiles import attend_tiles
-from attnplan.errors import RingError, SpecError
+from attnplan.errors import SpecError
 from attnplan.ir.coverage import attend_coverage
 from attnplan.patterns import Mixture, Pattern
 from attnplan.patterns.indicators import indicator
 from attnplan.plan import Plan
-from attnplan.search import lowerings_clear, search
+from attnplan.plan_ring import RingPlan
+from attnplan.search import Found, lowerings_clear, search
+from attnplan.search_ring import place_of, search_ring, sizes_of
 from attnplan.spec import OPERANDS, AttentionSpec
 from attnplan.units import parse_bytes
 
@@ -41,6 +45,9 @@ class _Key:
     max_memory: int | None
     deterministic: bool
     strict: bool
+    tune: bool
+    calibrated: int
+    """When the calibration was written that plans are priced with."""
     fingerprint: str
 
 
@@ -118,9 +125,13 @@ def compile(  # noqa: A001  # the public name: attnplan.compile
     max_memory
         Bytes, or text such as ``"2 GiB"``: a limit on everything but inputs and output.
     mesh
-        A ``DeviceMesh`` to run on; not in this version.
+        A ``DeviceMesh`` of one dimension, or of two: groups of a ring, and ranks that spread heads. The plan is then
+        called with each rank's shards; see :class:`~attnplan.plan_ring.RingPlan`. Without a mesh, a spec with
+        ``ring_size`` above 1 runs all ranks on one device. A strategy is then a layout, a transport, or both:
+        ``"zigzag > ring"``.
     tune
-        Measure the best candidates; not in this version.
+        Measure the best few candidates on this machine, take the fastest, and remember it in the user's cache with
+        the fingerprint of the machine. ``plan.tuning`` says what was measured and how far off the model was.
     deterministic
         Choose only what repeats bit for bit.
     strict
@@ -141,7 +152,7 @@ def compile(  # noqa: A001  # the public name: attnplan.compile
     MemoryBudgetError
         If no plan fits ``max_memory``.
     RingError
-        If distributed execution is asked for.
+        If no layout and transport can carry the spec over the ranks.
 
     Examples
     --------
@@ -158,29 +169,51 @@ def compile(  # noqa: A001  # the public name: attnplan.compile
         raise SpecError(
             f"compile needs an AttentionSpec, got {type(spec).__name__}; for one call use attnplan.attention"
         )
-    _refuse_what_is_missing(spec, mesh, tune)
-    target = resolve(device)
     budget = None if max_memory is None else parse_bytes(max_memory)
+    pins = {"backend": backend, "strategy": strategy, "max_memory": budget}
+    if mesh is not None or spec.ring_size > 1:
+        return _compile_ring(spec, device, mesh, pins, tune=tune, deterministic=deterministic)
+    target = resolve(device)
     name = target.torch_device or target.device.name
-    key = _Key(spec, name, backend, strategy, budget, deterministic, strict, fingerprint())
+    key = _Key(spec, name, backend, strategy, budget, deterministic, strict, tune, calibrated_at(target), fingerprint())
     plan = _plans.get(key)
     if plan is None:
-        found = search(spec, target, backend, strategy, budget, deterministic=deterministic)
-        pins = {"backend": backend, "strategy": strategy, "max_memory": budget}
-        plan = _plans.put(key, Plan(spec, target, found, pins, strict=strict, deterministic=deterministic))
+        found, tuning = _found(spec, target, pins, deterministic=deterministic, tune=tune)
+        made = Plan(spec, target, found, pins, strict=strict, deterministic=deterministic)
+        made.tuning = tuning
+        plan = _plans.put(key, made)
     assert isinstance(plan, Plan)
     return plan
 
 
-def _refuse_what_is_missing(spec: AttentionSpec, mesh: object, tune: bool) -> None:
-    if mesh is not None:
-        raise RingError("mesh= needs ring execution, which is not in this version; leave it out to run on one device")
-    if spec.ring_size > 1:
-        raise RingError(
-            f"ring_size={spec.ring_size} needs the ring pass, which is not in this version; use ring_size=1"
-        )
+def _found(
+    spec: AttentionSpec, target: Target, pins: Mapping[str, Any], *, deterministic: bool, tune: bool
+) -> tuple[Found, Any]:
+    """Return the choice by price, or by measurement and what was measured."""
+    if not tune:
+        return search(spec, target, **pins, deterministic=deterministic), None
+    from attnplan.tune import tuned
+
+    return tuned(spec, target, pins, deterministic=deterministic)
+
+
+def _compile_ring(
+    spec: AttentionSpec, device: object, mesh: Any, pins: Mapping[str, Any], *, tune: bool, deterministic: bool
+) -> Plan:
+    """Return the plan over several ranks, on a mesh or on one device."""
     if tune:
-        raise SpecError("tune=True needs the measuring search, which is not in this version; leave it out")
+        raise SpecError("tune=True measures plans on one device; a ring is measured by python -m bench.ring")
+    sizes = (spec.ring_size,) if mesh is None else sizes_of(mesh, spec.ring_size)
+    target, place = place_of(mesh, device)
+    name = target.torch_device or target.device.name
+    key = ("ring", spec, sizes, name, tuple(pins.items()), place, deterministic, fingerprint())
+    plan = _plans.get(key)
+    if plan is None:
+        ranks = sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
+        found = search_ring(spec, target, ranks, pins, deterministic=deterministic)
+        plan = _plans.put(key, RingPlan(spec, target, found, mesh, pins, fingerprint()))
+    assert isinstance(plan, RingPlan)
+    return plan
 
 
 def cache_clear() -> None:
@@ -191,6 +224,7 @@ def cache_clear() -> None:
     attend_coverage.cache_clear()
     indicator.cache_clear()
     attend_tiles.cache_clear()
+    demands.cache_clear()
 
 
 def load(path: str | Path, stale: str = "error") -> Plan:
@@ -260,8 +294,8 @@ def attention(
     backend, strategy, max_memory
         As in :func:`attnplan.compile`.
     **operands
-        ``documents``, ``key_padding``, ``q_offset`` and ``dropout_seed``, as a plan takes them. A pattern that does
-        not mention documents or padding gets them added.
+        ``documents``, ``key_padding``, ``q_offset``, ``dropout_seed``, ``bias``, ``alibi_slopes`` and ``sink_logits``,
+        as a plan takes them. A pattern that does not mention documents or padding gets them added.
 
     Returns
     -------
@@ -276,6 +310,57 @@ def attention(
     >>> attnplan.attention(q, k, v, pattern=P.window(4), causal=True).shape
     torch.Size([1, 2, 16, 8])
     """
+    from torch.compiler import is_compiling
+
+    options: dict[str, Any] = {
+        "causal": causal, "scale": scale, "softcap": softcap, "dropout": dropout, "layout": layout, "backend": backend,
+        "strategy": strategy, "max_memory": max_memory,
+    }  # fmt: skip
+    if is_compiling():
+        return _traced(q, k, v, _FULL if pattern is None else pattern, options, return_lse, operands)
+    plan: Any = plan_for(q, k, v, operands, pattern, **options)
+    return plan(q, k, v, return_lse=return_lse, **operands)
+
+
+_FULL = P.full()
+
+
+def _traced(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | Mixture,
+    options: Mapping[str, Any],
+    return_lse: bool,
+    operands: Mapping[str, Any],
+) -> Any:
+    """Return the nodes of a call in a traced program: one operator, which finds the plan when it runs."""
+    from attnplan.deferred import handle_for, run_deferred
+
+    id(pattern)  # a trace guards on which object it is; nothing else that it does here would
+    flat = [x for pair in options.items() for x in pair]
+    handle = pattern.in_trace(handle_for, return_lse, *flat)
+    out, lse = run_deferred(q, k, v, operands, handle, options["layout"])
+    return (out, lse) if return_lse else out
+
+
+def plan_for(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Mapping[str, Any],
+    pattern: Pattern | Mixture | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    layout: str = "bhsd",
+    backend: str = "auto",
+    strategy: str = "auto",
+    max_memory: int | str | None = None,
+) -> Plan:
+    """Return the plan that :func:`attention` calls with these arguments."""
     try:
         key = (
             q.shape, k.shape, v.shape, q.dtype, q.device, pattern, causal, scale, softcap, dropout, layout, backend,
@@ -284,11 +369,12 @@ def attention(
     except AttributeError:  # not a tensor
         _check_dimensions(q, k, v)
         raise
-    plan = _calls.get(key)
+    plan: Plan | None = _calls.get(key)
     if plan is None:
         spec = _inferred(q, k, v, pattern, causal, scale, softcap, dropout, layout, operands)
         plan = _calls.put(key, compile(spec, q.device, backend, strategy, max_memory))
-    return plan(q, k, v, return_lse=return_lse, **operands)
+        assert plan is not None
+    return plan
 
 
 def _inferred(
@@ -327,6 +413,9 @@ def _inferred(
         softcap=softcap,
         dropout=dropout,
         q_offset="q_offset" in operands,
+        bias="bias" in operands,
+        alibi_slopes="alibi_slopes" in operands,
+        sink_logits="sink_logits" in operands,
     )
 
 

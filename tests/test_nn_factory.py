@@ -97,9 +97,9 @@ def test_standard_has_the_forks_parameters_unless_told() -> None:
 @pytest.mark.parametrize(
     "kind", ["distributed", "improved_distributed", "ring_distributed", "block_sparse_ring_distributed"]
 )
-def test_distributed_kinds_are_refused(kind: str) -> None:
+def test_distributed_kinds_need_a_mesh(kind: str) -> None:
     for create in (create_dilated_attention, create_multihead_dilated_attention):
-        with pytest.raises(RingError, match=f"'{kind}' needs ring execution over a process group"):
+        with pytest.raises(RingError, match=f"'{kind}' runs on a mesh of processes: pass mesh="):
             create(kind)
 
 
@@ -126,5 +126,5 @@ def test_bad_multihead_input() -> None:
         create_multihead_dilated_attention("auto", num_heads=7)
     with pytest.raises(SpecError, match="no published pattern read it"):
         create_multihead_dilated_attention("block_sparse_ring", 16, 2, [8], [1], sparsity_ratio=0.5)
-    with pytest.raises(RingError, match="ring_size=2 needs ring execution"):
-        create_multihead_dilated_attention("block_sparse_ring", 16, 2, [8], [1], ring_size=2)
+    with pytest.raises(SpecError, match="ring_size must be a positive int or None, got 0"):
+        create_multihead_dilated_attention("block_sparse_ring", 16, 2, [8], [1], ring_size=0)

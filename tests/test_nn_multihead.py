@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnplan.errors import RingError, SpecError
+from attnplan.errors import SpecError
 from attnplan.nn import (
     BlockSparseRingMultiheadDilatedAttention,
     ImprovedMultiheadDilatedAttention,
@@ -259,5 +259,5 @@ def test_block_sparse_dropout_is_on_the_output() -> None:
     dropped = module(x) == 0
     assert 0.4 < float(dropped.float().mean()) < 0.6
     assert not bool((module.eval()(x) == 0).any())
-    with pytest.raises(RingError, match="ring_size=4 needs ring execution"):
-        block_sparse(ring_size=4)
+    with pytest.raises(SpecError, match="ring_size must be a positive int or None, got 0"):
+        block_sparse(ring_size=0)

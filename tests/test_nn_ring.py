@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from attnplan import nn as an
-from attnplan.errors import RingError, SpecError
+from attnplan.errors import SpecError
 from attnplan.nn import (
     BlockSparseRingDilatedAttention,
     BlockSparseRingMultiheadDilatedAttention,
@@ -133,18 +135,35 @@ def test_block_sparse_time_first() -> None:
     torch.testing.assert_close(first(x.transpose(0, 1)).transpose(0, 1), module(x))
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    "call",
+    "made",
     [
-        lambda: RingDilatedAttentionV2([8], [1], ring_size=2),
-        lambda: BlockSparseRingDilatedAttention([8], [1], ring_size=2),
-        lambda: BlockSparseRingMultiheadDilatedAttention(16, 2, [8], [1], ring_size=2),
-        lambda: RingAttentionCorrectV2()(*inputs(8), 2),
+        lambda ranks: RingDilatedAttentionV2([8, 16], [1, 2], ring_size=ranks),
+        lambda ranks: BlockSparseRingDilatedAttention([8], [2], {"block_size": 4}, ring_size=ranks),
+        lambda ranks: an.create_dilated_attention("auto", [8, 16], [1, 2], ring_size=ranks),
+        lambda ranks: lambda *x, is_causal: RingAttentionCorrectV2()(*x, ranks, is_causal),
     ],
 )
-def test_more_than_one_rank_is_refused(call: object) -> None:
-    with pytest.raises(RingError, match=r"ring_size=2 needs ring execution .*not in this version.* use ring_size=1"):
-        call()
+def test_a_virtual_ring_computes_what_one_rank_does(made: Any, causal: bool, ranks: int) -> None:
+    assert_same(lambda *x: made(ranks)(*x, is_causal=causal), lambda *x: made(1)(*x, is_causal=causal), *inputs(35))
+
+
+def test_a_module_over_ranks_says_so() -> None:
+    module = RingDilatedAttentionV2([8, 16], [1, 2], ring_size=4)
+    module(*inputs(32))
+    assert "virtual ring" in module.explain()
+    projected = BlockSparseRingMultiheadDilatedAttention(16, 2, [8], [1], sparse_config={"block_size": 4}, ring_size=2)
+    alone = BlockSparseRingMultiheadDilatedAttention(16, 2, [8], [1], sparse_config={"block_size": 4})
+    alone.load_state_dict(projected.state_dict())
+    x = torch.randn(1, 24, 16)
+    torch.testing.assert_close(projected(x), alone(x))
+    assert "virtual ring" in projected.explain()
+    with pytest.raises(SpecError, match=r"mesh must be a torch\.distributed DeviceMesh, got int"):
+        projected.distribute(4)
+    with pytest.raises(SpecError, match=r"query has 8 rows, key has 16: over several ranks they are as many"):
+        module(inputs(8)[0], *inputs(16)[1:])
 
 
 def test_the_deleted_name_points_to_its_successors() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attnplan.api import attention
+from attnplan.deferred import Deferred, run_deferred
 from attnplan.errors import SpecError
 from attnplan.patterns import Mixture, Pattern, full, parse
 
@@ -47,21 +48,18 @@ class PlannedAttention(torch.nn.Module):
         super().__init__()
         self.pattern = _read(pattern)
         self.causal, self.scale, self.softcap, self.layout = causal, scale, softcap, layout
+        self._deferred = {return_lse: Deferred(self._options, return_lse) for return_lse in (False, True)}
+
+    def _options(self, *call: Any) -> dict[str, Any]:
+        names = ("pattern", "causal", "scale", "softcap", "layout")
+        return {name: getattr(self, name) for name in names}
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **operands: Any) -> Any:
         """Return the output, or with ``return_lse`` a pair of it and the log-sum-exp; see :class:`~attnplan.Plan`."""
-        return attention(
-            q,
-            k,
-            v,
-            self.pattern,
-            causal=self.causal,
-            scale=self.scale,
-            softcap=self.softcap,
-            layout=self.layout,
-            return_lse=return_lse,
-            **operands,
-        )
+        if torch.compiler.is_compiling():
+            out, lse = run_deferred(q, k, v, operands, self._deferred[return_lse].handle, self.layout)
+            return (out, lse) if return_lse else out
+        return attention(q, k, v, **self._options(), return_lse=return_lse, **operands)
 
     def extra_repr(self) -> str:
         """Return the pattern for ``repr(module)``."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from attnplan.api import attention, compile  # noqa: A004  # the public name
+from attnplan.deferred import Deferred, no_lse, run_deferred
 from attnplan.errors import SpecError
 from attnplan.patterns import Mixture, Pattern, padding
 from attnplan.plan import Plan
+from attnplan.runtime.planned import gradients_by_autograd
+from attnplan.search_ring import sizes_of
 from attnplan.spec import AttentionSpec
 
 _NO_EFFECT = {
@@ -78,7 +82,15 @@ class PatternAttention(nn.Module):
 
     softmax_scale: float | None = None
     dropout: float = 0.0
+    mesh: Any = None
+    ring_size: int = 1
+    _strategy = "auto"
+    _whole: int | None = None
     _last: dict[str, Any] | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._deferred = {causal: _DeferredCall(self, causal) for causal in (False, True)}
 
     def pattern(self, seq_len: int, heads: int) -> Pattern | Mixture:
         """Return the pattern that runs for ``seq_len`` keys and ``heads`` query heads."""
@@ -117,23 +129,78 @@ class PatternAttention(nn.Module):
             If shapes, dtypes or masks do not fit.
         """
         refuse_options(attention_mask=attention_mask)
+        if torch.compiler.is_compiling() and not self.is_ring:
+            given = padding_operands(key_padding_mask)
+            if self.training and self.dropout:
+                given["dropout_seed"] = torch.randint(2**31, ())
+            return run_deferred(query, key, value, given, self._deferred[is_causal].handle, "bshd")[0]
         operands = padding_operands(key_padding_mask) | dropout_operands(self.dropout, self.training)
         _check_4d(query, key, value)
         out = self._run(query, key, value, is_causal, operands)
         self._remember(query, key, value, is_causal, operands)
         return out
 
+    def _options(self, kv_len: int, heads: int, is_causal: bool) -> dict[str, Any]:
+        pattern = self.pattern(kv_len, heads)
+        return {"pattern": pattern, "causal": is_causal, "scale": self.softmax_scale, "layout": "bshd"}
+
+    def distribute(self, mesh: Any, seq_len: int | None = None, strategy: str = "auto") -> Self:
+        """Run on a mesh from now on: every rank calls the module with its shards.
+
+        Parameters
+        ----------
+        mesh
+            A ``DeviceMesh``, as in :func:`attnplan.compile`.
+        seq_len
+            Rows of the whole sequence; the default is what a rank brings times the number of ranks.
+        strategy
+            Layout and transport; ``plan(...).shard_batch`` of this module says which rows a rank holds under it.
+
+        Returns
+        -------
+        PatternAttention
+            This module.
+
+        Raises
+        ------
+        SpecError
+            If the mesh is none, or of another size than ``ring_size``.
+        """
+        sizes_of(mesh, self.ring_size)
+        self.mesh, self._whole, self._strategy = mesh, seq_len, strategy
+        return self
+
+    @property
+    def is_ring(self) -> bool:
+        """Whether calls run over several ranks, of a mesh or of a virtual ring."""
+        return self.mesh is not None or self.ring_size > 1
+
+    def _length(self, q: Tensor) -> int:
+        """Return the rows of the whole sequence of which a call brings some."""
+        return self._whole or q.shape[1] * (1 if self.mesh is None else int(self.mesh.size()))
+
+    @torch.compiler.disable(reason="a ring talks to other processes")  # type: ignore[no-untyped-call, untyped-decorator]
+    def _run_ring(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, operands: Mapping[str, Any]) -> Tensor:
+        if k.shape[1] != q.shape[1]:
+            raise SpecError(f"query has {q.shape[1]} rows, key has {k.shape[1]}: over several ranks they are as many")
+        self._remember(q, k, v, is_causal, operands)
+        assert self._last is not None
+        plan = self.plan(**self._last)
+        result = plan(q, k, v, **{name: x for name, x in operands.items() if name != "dropout"})
+        assert isinstance(result, Tensor)
+        return result
+
     def _run(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, operands: Mapping[str, Any]) -> Tensor:
-        pattern = self.pattern(k.shape[1], q.shape[2])
-        result = attention(
-            q, k, v, pattern, causal=is_causal, scale=self.softmax_scale, layout="bshd", **operands
-        )  # fmt: skip
+        if self.is_ring:
+            ran: Tensor = self._run_ring(q, k, v, is_causal, operands)
+            return ran
+        result = attention(q, k, v, **self._options(k.shape[1], q.shape[2], is_causal), **operands)
         assert isinstance(result, Tensor)
         return result
 
     def _remember(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, operands: Mapping[str, Any]) -> None:
         self._last = {
-            "seq_len": q.shape[1], "heads": q.shape[2], "head_dim": q.shape[3], "kv_len": k.shape[1],
+            "seq_len": self._length(q), "heads": q.shape[2], "head_dim": q.shape[3], "kv_len": self._length(k),
             "kv_heads": k.shape[2], "value_dim": v.shape[3], "batch": max(1, q.shape[0]), "causal": is_causal,
             "dtype": q.dtype, "device": q.device, "padded": "key_padding" in operands,
             "dropout": operands.get("dropout", 0.0),
@@ -164,7 +231,11 @@ class PatternAttention(nn.Module):
         pattern = self.pattern(spec.get("kv_len", seq_len), heads)
         sizes = {"seq_len": seq_len, "heads": heads, "head_dim": head_dim, "dtype": "float32", **spec}
         chosen = pattern & padding() if padded else pattern
-        return compile(AttentionSpec(pattern=chosen, scale=self.softmax_scale, layout="bshd", **sizes), device)
+        sizes = {"ring_size": self.ring_size, **sizes}
+        asked = AttentionSpec(pattern=chosen, scale=self.softmax_scale, layout="bshd", **sizes)
+        if self.mesh is None:
+            return compile(asked, device)
+        return compile(asked, "auto", strategy=self._strategy, mesh=self.mesh)
 
     def explain(self, seq_len: int | None = None, heads: int = 8, head_dim: int = 64, **options: Any) -> str:
         """Return the page of :meth:`attnplan.Plan.explain` for the last call, or for a shape.
@@ -199,6 +270,57 @@ class PatternAttention(nn.Module):
         return [f"plan at {self._last['seq_len']}: {plan.strategy} > {plan.backend} ({plan.schedule})"]
 
 
+class _DeferredCall(Deferred):
+    """A call of a module in a compiled program: its plan, or the module's own way to run, is found when it runs."""
+
+    def __init__(self, module: PatternAttention, is_causal: bool) -> None:
+        self.module, self.is_causal = module, is_causal
+        super().__init__(self._call_options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _DeferredCall:
+        return _DeferredCall(copy.deepcopy(self.module, memo), self.is_causal)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _DeferredCall, (self.module, self.is_causal)
+
+    def _call_options(self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any]) -> dict[str, Any]:
+        return self.module._options(k.shape[2], q.shape[1], self.is_causal) | self._dropout(operands)
+
+    def _dropout(self, operands: Mapping[str, Any]) -> dict[str, Any]:
+        return {"dropout": self.module.dropout} if "dropout_seed" in operands else {}
+
+    @property
+    def _is_one_plan(self) -> bool:
+        return type(self.module)._run is PatternAttention._run
+
+    def _rerun(self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any]) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        _check_4d(q, k, v)
+        return self.module._run(q, k, v, self.is_causal, {**operands, **self._dropout(operands)}).transpose(1, 2)
+
+    def answer(
+        self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
+    ) -> tuple[Tensor, Tensor]:
+        if self._is_one_plan:
+            return super().answer(q, k, v, operands, return_lse)
+        return self._rerun(q, k, v, operands), no_lse(q)
+
+    def gradients(
+        self,
+        flow: Sequence[Tensor | None],
+        given: Sequence[Tensor],
+        operands: Mapping[str, Any],
+        names: Sequence[str] = (),
+    ) -> tuple[Tensor, ...]:
+        if self._is_one_plan:
+            return super().gradients(flow, given, operands, names)
+
+        def run(q: Tensor, k: Tensor, v: Tensor, has_lse: bool) -> tuple[Tensor, None]:
+            return self._rerun(q, k, v, operands), None
+
+        return gradients_by_autograd(run, flow, given[:3], False)
+
+
 def _check_4d(q: Any, k: Any, v: Any) -> None:
     for name, tensor in (("query", q), ("key", k), ("value", v)):
         if getattr(tensor, "ndim", None) != 4:
@@ -225,6 +347,11 @@ class ProjectedAttention(nn.Module):
         q, k, v = (x.view(*x.shape[:2], self.num_heads, self.head_dim) for x in (q, k, v))
         out: Tensor = self.attention(q, k, v, is_causal=is_causal, key_padding_mask=key_padding_mask)
         return out.flatten(2)
+
+    def distribute(self, mesh: Any, seq_len: int | None = None, strategy: str = "auto") -> Self:
+        """Run on a mesh from now on; see :meth:`PatternAttention.distribute`."""
+        self.attention.distribute(mesh, seq_len, strategy)
+        return self
 
     def _inputs(self, query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Fill in missing keys and values, as self-attention, and check the shapes."""

@@ -136,7 +136,7 @@ class BlockSparseRingDilatedAttention(PatternAttention):
     dropout
         Probability with which a weight is dropped in training.
     ring_size
-        1 or None; larger values raise.
+        Ranks of a virtual ring on one device; None is 1. For a ring of processes see :meth:`distribute`.
     enable_memory_pool, enable_profiling
         Refused unless left at their default.
     lightweight_pool
@@ -144,8 +144,6 @@ class BlockSparseRingDilatedAttention(PatternAttention):
 
     Raises
     ------
-    RingError
-        If ``ring_size`` exceeds 1.
     SpecError
         If the config is impossible, the lists are swapped, or an option is refused.
 
@@ -175,7 +173,7 @@ class BlockSparseRingDilatedAttention(PatternAttention):
         sparsity_ratio: None = None,
     ) -> None:
         super().__init__()
-        check_ring(ring_size)
+        self.ring_size = check_ring(ring_size)
         refuse_options(enable_memory_pool=enable_memory_pool, enable_profiling=enable_profiling)
         grouped(segment_lengths, dilation_rates)  # the checks of the two lists
         self.segment_lengths, self.dilation_rates = list(segment_lengths), list(dilation_rates)
@@ -230,7 +228,7 @@ class BlockSparseRingMultiheadDilatedAttention(ProjectedAttention):
 
     Raises
     ------
-    RingError, SpecError
+    SpecError
         As for :class:`BlockSparseRingDilatedAttention`.
 
     Examples

@@ -84,10 +84,12 @@ class LongNetAttention(PatternAttention):
         return self._mixture
 
     def _run(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, operands: Mapping[str, Any]) -> Tensor:
-        n = k.shape[1]
+        n = self._length(k)
         ragged = any(n % min(w, n) or min(w, n) % r for w, r in self._branches())
         if not (self.zero_key_padding and ragged):
             return super()._run(q, k, v, is_causal, operands)
+        if self.is_ring:
+            raise SpecError("zero_key_padding=True pads every branch differently, which no ring does; leave it False")
         if q.shape[1] != n:
             raise SpecError(f"zero_key_padding=True needs as many queries as keys, got {q.shape[1]} and {n}")
         if operands.get("dropout"):

@@ -1,4 +1,4 @@
-"""The ring classes of the fork, as far as they have a meaning on one device."""
+"""The ring classes of the fork."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnplan.errors import RingError, SpecError
+from attnplan.errors import SpecError
 from attnplan.nn.base import PatternAttention, check_dropout, refuse_options
 from attnplan.nn.multihead import MultiheadDilatedAttention
 from attnplan.patterns import Mixture, Pattern, full, grouped, heads, mask, segments
@@ -18,17 +18,17 @@ from attnplan.patterns import Mixture, Pattern, full, grouped, heads, mask, segm
 _KEPT_PATTERNS = 16
 
 
-def check_ring(ring_size: int | None) -> None:
-    """Raise :class:`~attnplan.errors.RingError` for more than one rank."""
-    if ring_size is None or ring_size == 1:
-        return
-    if not isinstance(ring_size, int) or ring_size < 1:
+def check_ring(ring_size: int | None) -> int:
+    """Return the number of ranks of a virtual ring, 1 for None.
+
+    Raises
+    ------
+    SpecError
+        If it is no positive int.
+    """
+    if ring_size is not None and (not isinstance(ring_size, int) or isinstance(ring_size, bool) or ring_size < 1):
         raise SpecError(f"ring_size must be a positive int or None, got {ring_size!r}")
-    raise RingError(
-        f"ring_size={ring_size} needs ring execution (layout, transport and hops over a process group), which is not "
-        "in this version. On one device the published class only cut K and V into chunks, which the kernels do by "
-        "themselves: use ring_size=1"
-    )
+    return ring_size or 1
 
 
 class RingAttentionCorrectV2(PatternAttention):
@@ -37,8 +37,9 @@ class RingAttentionCorrectV2(PatternAttention):
     *Published* (fork): on one device, a loop over ``ring_size`` chunks of K and V with an online softmax: dense
     attention, no dilation, no communication; stored ``dropout`` without using it; converted the inputs to ``dtype``,
     by default float32 on the CPU and float16 on CUDA; it was no ``Module``.
-    *Ours*: dense attention in one kernel call, equal to the published one within rounding. ``ring_size`` defaults to 1
-    (published: 4) and larger values raise. Inputs are converted only to a device or dtype that is given.
+    *Ours*: dense attention, equal to the published one within rounding. ``ring_size`` defaults to 1 (published: 4), one
+    kernel call; larger values run a virtual ring of as many ranks, any length, causal or not, and :meth:`distribute`
+    a ring of processes. Inputs are converted only to a device or dtype that is given.
 
     Parameters
     ----------
@@ -83,16 +84,14 @@ class RingAttentionCorrectV2(PatternAttention):
         return_memory_stats: bool = False,
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """Attend; tensors as in :meth:`PatternAttention.forward`.
+        """Attend; tensors as in :meth:`PatternAttention.forward`, ``ring_size`` ranks of a virtual ring.
 
         Raises
         ------
-        RingError
-            If ``ring_size`` exceeds 1.
         SpecError
             If shapes do not fit, or ``return_memory_stats`` is asked for.
         """
-        check_ring(ring_size)
+        self.ring_size = check_ring(ring_size)
         if return_memory_stats:
             raise SpecError("return_memory_stats=True: use .explain() for the plan's peak, or torch.cuda.memory_stats")
         query, key, value = (x.to(device=self.device, dtype=self.dtype) for x in (query, key, value))
@@ -112,7 +111,8 @@ class RingDilatedAttentionV2(PatternAttention):
     distributed path called a function that torch does not have.
     *Ours*: each key once, causality by position, ``dropout`` and ``key_padding_mask``. Where the published numbers are
     sound (not causal, one rank, rates that divide their segments) ours are the same. Without a strategy of its own yet,
-    it runs as a dense mask: quadratic in the length, in time and memory.
+    it runs as a dense mask: quadratic in the length, in time and memory. Its ring, virtual or of processes, computes
+    what one rank does.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ class RingDilatedAttentionV2(PatternAttention):
     dropout
         Probability with which a weight is dropped in training.
     ring_size
-        1 or None; larger values raise.
+        Ranks of a virtual ring on one device; None is 1. For a ring of processes see :meth:`distribute`.
     device, dtype
         Accepted if None: the published class ignored them for computing.
     enable_memory_pool, enable_profiling
@@ -131,8 +131,6 @@ class RingDilatedAttentionV2(PatternAttention):
 
     Raises
     ------
-    RingError
-        If ``ring_size`` exceeds 1.
     SpecError
         If the lists do not pair up or are swapped, or an option is refused.
 
@@ -161,7 +159,7 @@ class RingDilatedAttentionV2(PatternAttention):
         use_pattern_cache: bool = True,
     ) -> None:
         super().__init__()
-        check_ring(ring_size)
+        self.ring_size = check_ring(ring_size)
         refuse_options(
             device=device, dtype=dtype, enable_memory_pool=enable_memory_pool, enable_profiling=enable_profiling
         )

@@ -1,0 +1,96 @@
+"""What a plan over several ranks says about itself: the choice, what moves at each hop, what everything costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from attnplan.explain import _shape_line, _share, title
+from attnplan.ring.choose import candidate_facts
+from attnplan.units import format_bytes, format_count, format_seconds
+
+if TYPE_CHECKING:
+    from attnplan.plan_ring import RingPlan
+
+SCHEMA = 1
+"""Version of the dict that :func:`facts` returns."""
+
+
+def facts(plan: RingPlan) -> dict[str, Any]:
+    """Return everything that an explain page says, as plain data.
+
+    Keys: ``schema``, ``spec``, ``device``, ``choice``, ``does``, ``hops``, ``others``, ``refused``.
+    """
+    spec, best = plan.spec, plan.candidate
+    slowest = best.slowest
+    return {
+        "schema": SCHEMA,
+        "spec": {"title": title(spec), "shape": _shape_line(spec)},
+        "device": {"name": plan.device.name, "title": plan.device.title, "here": plan.target.torch_device is not None},
+        "choice": {
+            **candidate_facts(best, spec.training),
+            "ranks": plan.ranks,
+            "where": "a virtual ring on one device" if plan.mesh is None else f"a mesh of {plan.ranks} processes",
+            "backend": plan.backend,
+            "schedule": plan.schedule,
+            "basis": "data sheet",
+            "work": "forward and backward" if spec.training else "forward",
+            "rank": slowest.rank,
+        },
+        "does": _share(spec),
+        "hops": [h.facts for h in slowest.hops],
+        "others": [candidate_facts(c, spec.training) for c in plan.candidates[1:]],
+        "refused": [{"name": name, "reasons": list(reasons)} for name, reasons in plan.refused],
+    }
+
+
+def render(found: dict[str, Any]) -> str:
+    """Return the page as text."""
+    return "\n".join(_lines(found)) + "\n"
+
+
+def _lines(found: dict[str, Any]) -> Iterator[str]:
+    spec, choice, device, does = found["spec"], found["choice"], found["device"], found["does"]
+    here = "" if device["here"] else " (not here)"
+    yield spec["title"]
+    yield f"           {spec['shape']}"
+    yield f"device     {choice['ranks']} x {device['title']}{here}, {choice['where']}"
+    yield f"choice     {choice['name']} > {choice['backend']} ({choice['schedule']})"
+    yield (
+        f"predicted  {format_seconds(choice['seconds'])} {choice['work']} ({choice['basis']})    peak "
+        f"{format_bytes(choice['peak_bytes'])} a rank beside its inputs and output"
+    )
+    yield (
+        f"moves      {format_bytes(choice['received_bytes'])} to the rank that receives most, forward; "
+        f"{100 * choice['hidden']:.0f} % hidden behind compute"
+    )
+    if choice["sends_more"]:
+        yield f"           more than is needed: {choice['sends_more']}"
+    pairs = "" if does["pairs"] is None else f"{format_count(does['pairs'])} pairs, "
+    yield f"does       {pairs}busiest rank {choice['imbalance']:.2f} x the mean; verify() proves each pair covered once"
+    yield ""
+    yield f"  rank {choice['rank']}, the slowest"
+    yield f"  {'hop':>4}  {'from':>8}  {'rows':>9}  {'MiB':>9}  {'pairs':>8}  {'transfer':>10}  {'compute':>10}  kernel"
+    for hop in found["hops"]:
+        peers = f"{hop['peers']} ranks" if hop["peers"] != 1 else "1 rank"
+        yield (
+            f"  {hop['hop']:>4}  {peers if hop['peers'] else 'itself':>8}  {hop['received']:>9,}  "
+            f"{hop['bytes'] / 2**20:>9.3g}  {format_count(hop['pairs']):>8}  {format_seconds(hop['comm']):>10}  "
+            f"{format_seconds(hop['compute']):>10}  {hop['kernel']}"
+        )
+    yield from _others(found["others"], choice["seconds"])
+
+
+def _others(others: list[dict[str, Any]], best: float) -> Iterator[str]:
+    width = max((len(o["name"]) for o in others), default=0)
+    for i, other in enumerate(others):
+        if i == 0:
+            yield ""
+        label = "others     " if i == 0 else "           "
+        if other["refused"]:
+            yield f"{label}{other['name']:<{width}}  refused   {other['refused']}"
+            continue
+        ratio = other["seconds"] / best if best else 1.0
+        factor = f"+{100 * (ratio - 1):.0f} %" if ratio < 2 else f"x {ratio:.3g}"
+        received = format_bytes(other["received_bytes"])
+        yield f"{label}{other['name']:<{width}}  {format_seconds(other['seconds']):<9} {factor:<8} receives {received}"

@@ -1,0 +1,256 @@
+"""Who runs the ranks of a ring: all of them in one process, or this one's on a process group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from attnplan.errors import RingError
+from attnplan.ir import RowMap
+from attnplan.runtime.ring.exchanges import Routine, run
+from attnplan.runtime.ring.executor import Pair, Rank, Result, Triple
+from attnplan.runtime.ring.faults import Board, LostError, Report, error_of
+from attnplan.runtime.ring.handshake import VALIDATE, card, compare, shake_hands
+from attnplan.runtime.ring.real import RealTransport
+from attnplan.runtime.ring.rows import Holding, assembly
+from attnplan.runtime.ring.virtual import VirtualRing
+from attnplan.runtime.views import empty_like_rows
+
+Flow = tuple[Tensor, Tensor | None]
+T = TypeVar("T")
+
+
+class Engine(Protocol):
+    """Runs a ring on what one process is called with."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], keep: bool) -> Any:
+        """Return (output, LSE or None, what the backward needs of each rank)."""
+        ...
+
+    def backward(
+        self, flow: Flow, saved: Sequence[Result], k: Tensor, v: Tensor, operands: Mapping[str, Any]
+    ) -> Triple:
+        """Return the gradients of q, k and v."""
+        ...
+
+
+class VirtualEngine:
+    """All ranks of a ring on one device, called with whole tensors ``[B, H, S, D]``.
+
+    Attributes
+    ----------
+    bytes_sent : tuple of int
+        What each rank would have sent in the last forward, or backward.
+    """
+
+    def __init__(self, ranks: Sequence[Rank], heads: tuple[int, int], lengths: tuple[int, int]) -> None:
+        self.ranks = ranks
+        self._whole = [Holding((RowMap.whole(h, n),), h) for h, n in zip(heads, lengths, strict=True)]
+        self.bytes_sent: tuple[int, ...] = (0,) * len(ranks)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], keep: bool) -> Any:
+        """Run every rank; see :meth:`Engine.forward`."""
+        routines = [
+            rank.forward(self._cut(i, 0, q), self._cut(i, 1, k), self._cut(i, 1, v), operands)
+            for i, rank in enumerate(self.ranks)
+        ]
+        results: list[Result] = self._run(routines)
+        out = empty_like_rows(q, v.shape[-1], q.dtype)
+        self._join(0, [r.out for r in results], out)
+        lses = [r.lse.unsqueeze(-1) for r in results if r.lse is not None]
+        if not lses:
+            return out, None, results
+        lse = q.new_empty((*q.shape[:3], 1), dtype=lses[0].dtype)
+        self._join(0, lses, lse)
+        return out, lse.squeeze(-1), results
+
+    def backward(
+        self, flow: Flow, saved: Sequence[Result], k: Tensor, v: Tensor, operands: Mapping[str, Any]
+    ) -> Triple:
+        """Run every rank; see :meth:`Engine.backward`."""
+        grad, grad_lse = flow[0], None if flow[1] is None else flow[1].unsqueeze(-1)
+        routines = []
+        for i, (rank, result) in enumerate(zip(self.ranks, saved, strict=True)):
+            to_lse = None if grad_lse is None else self._cut(i, 0, grad_lse).squeeze(-1)
+            own = (self._cut(i, 1, k), self._cut(i, 1, v))
+            routines.append(rank.backward(self._cut(i, 0, grad), to_lse, result, *own, operands))
+        found: list[Triple] = self._run(routines)
+        dq = empty_like_rows(grad, found[0][0].shape[-1], grad.dtype)
+        totals = (dq, torch.empty_like(k), torch.empty_like(v))
+        for side, total, parts in zip((0, 1, 1), totals, zip(*found, strict=True), strict=True):
+            self._join(side, parts, total)
+        return totals
+
+    def _run(self, routines: Sequence[Routine[T]]) -> list[T]:
+        ring = VirtualRing(len(self.ranks))
+        results = ring.run(routines)
+        self.bytes_sent = tuple(ring.bytes_sent)
+        return results
+
+    def _held(self, rank: int, side: int) -> Holding:
+        return self.ranks[rank].keys if side else self.ranks[rank].queries
+
+    def _cut(self, rank: int, side: int, x: Tensor) -> Tensor:
+        return assembly(self._held(rank, side), (self._whole[side],)).gather([x], x)
+
+    def _join(self, side: int, parts: Sequence[Tensor], whole: Tensor) -> None:
+        for i, part in enumerate(parts):
+            assembly(self._held(i, side), (self._whole[side],)).scatter(part, [whole])
+
+
+class RealEngine:
+    """The rank of a ring that this process is, called with its shards.
+
+    Attributes
+    ----------
+    step : int
+        Number of calls so far.
+    """
+
+    def __init__(self, rank: Rank, group: Any, device: torch.device, plan: int, store: Any, name: str) -> None:
+        self.rank, self.plan, self.device = rank, plan, device
+        self.validate, self.timeout = "first", 300.0
+        self.transport = RealTransport(group, device, self.timeout)
+        self.board = Board(store, self.transport.rank, self.transport.ranks, name)
+        self.step = 0
+        self._agreed: list[int] | None = None
+        self._broken: RingError | None = None
+
+    def configure(self, validate: str, timeout: float) -> None:
+        """Set when ranks shake hands, and how long they wait for one another."""
+        assert validate in VALIDATE
+        self.validate, self.timeout, self.transport.timeout = validate, timeout, timeout
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], keep: bool) -> Any:
+        """Run this rank; see :meth:`Engine.forward`."""
+        self.step += 1
+        self.agree(q, operands, gradients=keep, wrong=False)
+        result: Result = self._guarded(lambda: run(self.rank.forward(q, k, v, operands), self.transport), "forward")
+        return result.out, result.lse, [result]
+
+    def backward(
+        self, flow: Flow, saved: Sequence[Result], k: Tensor, v: Tensor, operands: Mapping[str, Any]
+    ) -> Triple:
+        """Run this rank; see :meth:`Engine.backward`."""
+        (result,) = saved
+        return self._guarded(lambda: run(self.rank.backward(*flow, result, k, v, operands), self.transport), "backward")
+
+    def agree(self, q: Tensor, operands: Mapping[str, Any], *, gradients: bool, wrong: bool) -> None:
+        """Shake hands, if this call asks for it.
+
+        Raises
+        ------
+        RingError
+            If another rank is about to do something else, or does not answer.
+        """
+        if self._broken is not None:
+            raise self._again()
+        own = card(self.plan, self.step, q, operands, gradients=gradients, wrong=wrong)
+        lasting = [x for i, x in enumerate(own) if i != 2]
+        if self.validate == "first" and lasting == self._agreed and not wrong:
+            return
+        if self.validate == "off" and (self._agreed is not None or self.device.type != "cuda"):
+            return  # the first call on NCCL has to connect all ranks in any case
+        cards = self._guarded(
+            lambda: shake_hands(own, self.transport.group, self.device, self.timeout), "handshake", quiet=True
+        )
+        self._agreed = lasting
+        try:
+            compare(self.transport.rank, cards, self.step)
+        except RingError as error:
+            self._broken = error
+            if not wrong:  # the rank that is wrong says so itself, in detail
+                raise
+
+    def _guarded(self, action: Callable[[], T], doing: str, *, quiet: bool = False) -> T:
+        """Run one half of a call; whatever fails becomes a report, and names the rank that failed first."""
+        if self._broken is not None:
+            raise self._again()
+        try:
+            return action()
+        except LostError as lost:
+            what = f"{lost.doing}: {lost.error}" if not quiet else str(lost.error)
+            own = Report(self.transport.rank, self.step, lost.hop, "lost", lost.peer, what[:400])
+            self.board.post(own)
+            reports = self.board.collect(own)
+            self._broken = error_of(own, reports, self.transport.ranks, doing)
+            raise self._broken from lost.error
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"[:400]
+            self.board.post(Report(self.transport.rank, self.step, -1, "raised", -1, what))
+            self._broken = RingError(f"rank {self.transport.rank} raised {what}")
+            raise
+
+    def _again(self) -> RingError:
+        error = RingError(f"this ring broke at an earlier call: {self._broken}; start the process group anew")
+        if self._broken is not None:
+            error.rank, error.peer, error.hop, error.step = (
+                self._broken.rank, self._broken.peer, self._broken.hop, self._broken.step,
+            )  # fmt: skip
+        return error
+
+
+class _Ring(torch.autograd.Function):
+    """A call of a ring as one node of autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, engine: Engine, operands: Mapping[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Any:
+        out, lse, results = engine.forward(q, k, v, operands, True)
+        ctx.engine, ctx.operands = engine, operands
+        ctx.shape = [(len(r.parts), r.total is not None) for r in results]
+        ctx.save_for_backward(k, v, *(x for r in results for x in _tensors(r)))
+        ctx.set_materialize_grads(False)
+        ctx.out_shape = out.shape
+        if lse is None:
+            return out, None
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
+        k, v, *rest = ctx.saved_tensors
+        saved = []
+        for parts, has_total in ctx.shape:
+            queries, *more = rest[: 1 + 2 * parts + has_total]
+            rest = rest[1 + 2 * parts + has_total :]
+            pairs: tuple[Pair, ...] = tuple((more[2 * i], more[2 * i + 1]) for i in range(parts))
+            saved.append(Result(pairs[0][0], None, queries, pairs, more[-1] if has_total else None))
+        if grad is None:
+            grad = saved[0].queries.new_zeros(ctx.out_shape)
+        with torch.no_grad():
+            gradients = ctx.engine.backward((grad, grad_lse), saved, k, v, ctx.operands)
+        if torch.is_grad_enabled():  # only under create_graph=True
+            gradients = FirstOrder.apply(*(x.detach().requires_grad_() for x in gradients))  # type: ignore[no-untyped-call]
+        return None, None, *gradients
+
+
+def _tensors(result: Result) -> list[Tensor]:
+    found = [result.queries, *(x for pair in result.parts for x in pair)]
+    return found if result.total is None else [*found, result.total]
+
+
+class FirstOrder(torch.autograd.Function):
+    """Marks gradients that have none of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, *gradients: Tensor) -> Any:
+        return tuple(x.view_as(x) for x in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        raise RuntimeError(
+            "a ring cannot be differentiated twice: its backward has first-order gradients only; for second "
+            'derivatives compile with backend="reference", without mesh or ring_size'
+        )
+
+
+def call(engine: Engine, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Run a ring on what this process holds, differentiably: (output, LSE where there is one)."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        out, lse = _Ring.apply(engine, operands, q, k, v)  # type: ignore[no-untyped-call]
+        return out, lse
+    with torch.no_grad():
+        out, lse, _ = engine.forward(q, k, v, operands, False)
+    return out, lse

@@ -1,0 +1,332 @@
+"""Where rows of the whole sequence lie in the tensors of one rank.
+
+A tensor of a rank is ``[B, heads, rows, D]`` and holds the elements of some row maps: each head's rows in the order in
+which the maps show them, or, in a tensor of one head, all elements in that order. Rows are moved as strided views
+wherever the maps are progressions, and by index where they are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import attrs
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from attnplan.errors import RingError
+from attnplan.ir import Axis, RowMap
+from attnplan.ring.program import kept_heads
+from attnplan.runtime import views
+
+Maps = tuple[RowMap, ...]
+Indices = NDArray[np.int64]
+
+
+@attrs.frozen(cache_hash=True)
+class Span:
+    """Rows ``start, start + step, ...`` of consecutive heads, in order."""
+
+    head: int
+    heads: int
+    start: int
+    step: int
+    count: int
+
+    @classmethod
+    def of(cls, rows: RowMap) -> Span | None:
+        """Return a map as a span, None if it is none.
+
+        Examples
+        --------
+        >>> Span.of(RowMap.whole(4, 8, 2))
+        Span(head=0, heads=4, start=0, step=1, count=8)
+        """
+        *batch, last = rows.axes
+        heads = 1
+        for axis in reversed(batch):
+            if axis.size == 1:
+                continue
+            if axis.row or axis.head != heads:
+                return None
+            heads *= axis.size
+        if last.head or (last.size > 1 and last.row < 1):
+            return None
+        return cls(rows.head, heads, rows.row, last.row if last.size > 1 else 1, last.size)
+
+    def local(self, wanted: RowMap) -> RowMap | None:
+        """Return where a map's elements lie in a tensor of this span alone, None if not all are in there."""
+        if any(a.row % self.step for a in wanted.axes if a.size > 1) or (wanted.row - self.start) % self.step:
+            return None
+        if wanted.row < self.start or wanted.last_row > self.start + (self.count - 1) * self.step:
+            return None
+        if wanted.head < self.head or wanted.last_head >= self.head + self.heads:
+            return None
+        axes = tuple(Axis(a.size, a.head, a.row // self.step) for a in wanted.axes)
+        return RowMap(wanted.head - self.head, (wanted.row - self.start) // self.step, axes)
+
+
+def elements(maps: Sequence[RowMap]) -> tuple[Indices, Indices]:
+    """Return the head and the row of every element of some maps, in order.
+
+    Examples
+    --------
+    >>> elements([RowMap(0, 4, (Axis(2, head=1), Axis(2, row=3)))])
+    (array([0, 0, 1, 1]), array([4, 7, 4, 7]))
+    """
+    heads, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for one in maps:
+        head, row = np.full(one.sizes, one.head, np.int64), np.full(one.sizes, one.row, np.int64)
+        for i, axis in enumerate(one.axes):
+            steps = np.arange(axis.size).reshape([-1 if j == i else 1 for j in range(len(one.axes))])
+            head, row = head + steps * axis.head, row + steps * axis.row
+        heads.append(head.ravel())
+        rows.append(row.ravel())
+    return np.concatenate(heads), np.concatenate(rows)
+
+
+@attrs.frozen(cache_hash=True)
+class Holding:
+    """What one tensor ``[B, heads, rows, D]`` holds."""
+
+    maps: Maps
+    heads: int
+
+    @classmethod
+    def of(cls, maps: Maps) -> Holding:
+        """Return what a message holds: its heads apart where it keeps them, else all in a row.
+
+        Examples
+        --------
+        >>> Holding.of((RowMap.whole(4, 8),)).heads, Holding.of((RowMap.whole(4, 8), RowMap.whole(1, 8))).heads
+        (4, 1)
+        """
+        return cls(maps, kept_heads(maps) or 1)
+
+    @property
+    def length(self) -> int:
+        """Rows of the tensor."""
+        return sum(m.elements_count for m in self.maps) // self.heads
+
+    def pieces(self) -> Iterator[tuple[RowMap, RowMap | None]]:
+        """Iterate over each map and where it lies in the tensor; None where only an index says so."""
+        start, first = 0, min((m.head for m in self.maps), default=0)
+        regular = True
+        for one in self.maps:
+            heads = _heads_apart(one)
+            regular = regular and (self.heads == 1 or (heads == self.heads and one.head == first))
+            if not regular:  # nothing behind it lies at one row of all heads
+                yield one, None
+            elif self.heads == 1:
+                yield one, _flat(one, one.axes, start)
+                start += one.elements_count
+            else:
+                assert heads is not None
+                yield one, _flat(one, [a for a in one.axes if not a.head], start)
+                start += one.elements_count // heads
+
+    def places(self) -> tuple[Indices, Indices, Indices, Indices]:
+        """Return the head and row of every element in the whole sequence, and its head and row in the tensor."""
+        heads, rows = elements(self.maps)
+        if self.heads == 1:
+            return heads, rows, np.zeros_like(heads), np.arange(len(heads))
+        order = np.argsort(heads, kind="stable")
+        inside = np.empty_like(order)
+        inside[order] = np.arange(len(order))
+        return heads, rows, inside // max(self.length, 1), inside % max(self.length, 1)
+
+
+def _heads_apart(one: RowMap) -> int | None:
+    """Return how many consecutive heads a map shows, in order and before its rows; None if it shows heads otherwise."""
+    heads = 1
+    for axis in reversed(one.axes):
+        if axis.size == 1 or (not axis.head and heads == 1):
+            continue
+        if axis.row or axis.head != heads:
+            return None
+        heads *= axis.size
+    return heads
+
+
+def _flat(one: RowMap, apart: Sequence[Axis], start: int) -> RowMap:
+    """Return where a map lies that is written row by row from ``start``; axes not in ``apart`` step over heads."""
+    axes, step = [], 1
+    for axis in reversed(one.axes):
+        inside = any(axis is a for a in apart)
+        axes.append(Axis(axis.size, 0 if inside else axis.head, step if inside else 0))
+        step *= axis.size if inside else 1
+    return RowMap(0, start, tuple(reversed(axes)))
+
+
+@attrs.frozen
+class Move:
+    """Some elements of a tensor, and where they come from."""
+
+    source: int
+    here: RowMap | tuple[Indices, Indices]
+    there: RowMap | tuple[Indices, Indices]
+
+
+@attrs.frozen(eq=False)
+class Assembly:
+    """How one tensor is put together from others, and how its gradient goes back to them."""
+
+    wanted: Holding
+    moves: tuple[Move, ...]
+    same: int | None
+    """The source that the tensor is, if it is one."""
+    slice: bool = False
+    """Whether it is a view of its one source."""
+    _index: dict[tuple[int, int, str], tuple[Tensor, Tensor]] = attrs.field(factory=dict, init=False)
+
+    def gather(self, sources: Sequence[Tensor], like: Tensor) -> Tensor:
+        """Return the tensor ``[B, heads, rows, D]``; a source itself where it is one.
+
+        ``like`` gives batch size, features, dtype and device.
+        """
+        if self.same is not None:
+            return sources[self.same]
+        if self.slice:
+            assert isinstance(self.moves[0].there, RowMap)
+            return _view(sources[self.moves[0].source], self.moves[0].there)
+        made = like.new_empty((like.shape[0], self.wanted.heads, self.wanted.length, like.shape[-1]))
+        for i, move in enumerate(self.moves):
+            if isinstance(move.here, RowMap):
+                assert isinstance(move.there, RowMap)
+                _view(made, move.here).copy_(_view(sources[move.source], move.there))
+            else:
+                here, there = self._at(i, 0, like.device), self._at(i, 1, like.device)
+                made[:, here[0], here[1]] = sources[move.source][:, there[0], there[1]]
+        return made
+
+    def add(self, gradient: Tensor, totals: Sequence[Tensor]) -> None:
+        """Add the gradient of the tensor to those of its sources, in place."""
+        for i, move in enumerate(self.moves):
+            total = totals[move.source]
+            if isinstance(move.here, RowMap):
+                assert isinstance(move.there, RowMap)
+                where = tuple((a.size, a.head, a.row) for a in move.there.axes)
+                part = _view(gradient, move.here).to(total.dtype)
+                views.add_rows(total, part, move.there.head, move.there.row, where)
+            else:
+                here, there = self._at(i, 0, gradient.device), self._at(i, 1, gradient.device)
+                total[:, there[0], there[1]] += gradient[:, here[0], here[1]].to(total.dtype)
+
+    def scatter(self, x: Tensor, targets: Sequence[Tensor]) -> None:
+        """Write the tensor to where its elements come from."""
+        for i, move in enumerate(self.moves):
+            target = targets[move.source]
+            if isinstance(move.here, RowMap):
+                assert isinstance(move.there, RowMap)
+                _view(target, move.there).copy_(_view(x, move.here))
+            else:
+                here, there = self._at(i, 0, x.device), self._at(i, 1, x.device)
+                target[:, there[0], there[1]] = x[:, here[0], here[1]]
+
+    def _at(self, i: int, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        key = (i, side, str(device))
+        if key not in self._index:
+            arrays = self.moves[i].here if side == 0 else self.moves[i].there
+            assert isinstance(arrays, tuple)
+            self._index[key] = (torch.from_numpy(arrays[0]).to(device), torch.from_numpy(arrays[1]).to(device))
+        return self._index[key]
+
+
+def _view(x: Tensor, where: RowMap) -> Tensor:
+    return views.rows(x, where.head, where.row, tuple((a.size, a.head, a.row) for a in where.axes))
+
+
+@lru_cache(maxsize=4096)
+def assembly(wanted: Holding, sources: tuple[Holding, ...]) -> Assembly:
+    """Return how ``wanted`` is put together from tensors that hold ``sources``; the first that has a row gives it.
+
+    Raises
+    ------
+    RingError
+        If no source holds a row that is wanted.
+
+    Examples
+    --------
+    >>> rows = RowMap(0, 4, (Axis(2, head=1), Axis(4, row=1)))
+    >>> some = RowMap(0, 5, (Axis(2, head=1), Axis(2, row=2)))
+    >>> assembly(Holding((some,), 2), (Holding((rows,), 2),)).moves[0].there
+    RowMap(head=0, row=1, axes=(Axis(size=2, head=1, row=0), Axis(size=2, head=0, row=2)))
+    """
+    for i, source in enumerate(sources):
+        if source == wanted:
+            return Assembly(wanted, (_whole(i, wanted),), i)
+    moves: list[Move] = []
+    rest: list[int] = []
+    for number, (one, here) in enumerate(wanted.pieces()):
+        found = None if here is None else _found(one, sources)
+        if found is None or here is None:
+            rest.append(number)
+        elif one.elements_count:
+            moves.append(Move(found[0], here, found[1]))
+    if rest:
+        moves += _by_index(wanted, sources, rest)
+    return Assembly(wanted, tuple(moves), None, _is_slice(wanted, moves))
+
+
+def _is_slice(wanted: Holding, moves: Sequence[Move]) -> bool:
+    """Return whether a tensor is some rows of one source, a step apart, with its heads apart."""
+    if len(moves) != 1 or not isinstance(moves[0].there, RowMap):
+        return False
+    return moves[0].there.sizes == (wanted.heads, wanted.length)
+
+
+def _whole(source: int, held: Holding) -> Move:
+    whole = RowMap(0, 0, (Axis(held.heads, head=1), Axis(held.length, row=1)))
+    return Move(source, whole, whole)
+
+
+def _found(one: RowMap, sources: Sequence[Holding]) -> tuple[int, RowMap] | None:
+    """Return the source in which all elements of a map lie as a strided view, and where."""
+    for i, source in enumerate(sources):
+        for held, at in source.pieces():
+            if at is None:
+                continue
+            if held == one:
+                return i, at
+            span = Span.of(held)
+            inside = None if span is None else span.local(one)
+            if span is None or inside is None:
+                continue
+            if source.heads > 1:
+                return i, attrs.evolve(inside, row=at.row + inside.row)
+            axes = tuple(Axis(a.size, 0, a.row + a.head * span.count) for a in inside.axes)
+            return i, RowMap(0, at.row + inside.row + inside.head * span.count, axes)
+    return None
+
+
+def _by_index(wanted: Holding, sources: Sequence[Holding], pieces: Sequence[int]) -> Iterator[Move]:
+    """Iterate over the moves of some pieces of ``wanted``, element by element."""
+    sizes = [m.elements_count for m in wanted.maps]
+    ends = np.cumsum([0, *sizes])
+    which = np.concatenate([np.arange(ends[p], ends[p + 1]) for p in pieces])
+    heads, rows, *here = (x[which] for x in wanted.places())
+    left = np.ones(len(which), bool)
+    for i, source in enumerate(sources):
+        have_heads, have_rows, *there = source.places()
+        stride = 1 + max(int(rows.max(initial=0)), int(have_rows.max(initial=0)))
+        order = np.argsort(keys := have_heads * stride + have_rows, kind="stable")
+        asked = heads * stride + rows
+        at = np.searchsorted(keys[order], asked)
+        hit = left & (at < len(keys))
+        hit[hit] = keys[order[at[hit]]] == asked[hit]
+        yield from _rounds(i, [x[hit] for x in here], [x[order[at[hit]]] for x in there])
+        left &= ~hit
+    if left.any():
+        head, row = int(heads[left][0]), int(rows[left][0])
+        raise RingError(f"row {row} of head {head} is wanted, and neither held nor received: the program is not sound")
+
+
+def _rounds(source: int, here: list[Indices], there: list[Indices]) -> Iterator[Move]:
+    """Split moves so that none takes one element twice: gradients are added in place."""
+    while len(here[0]):
+        _, first = np.unique(np.stack(there), axis=1, return_index=True)
+        first.sort()
+        yield Move(source, (here[0][first], here[1][first]), (there[0][first], there[1][first]))
+        here, there = ([np.delete(x, first) for x in pair] for pair in (here, there))

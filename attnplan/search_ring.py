@@ -1,0 +1,220 @@
+"""The search for a plan over several ranks: layout, transport and kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from attnplan.backends import Backend, Schedule, registry
+from attnplan.cost import Device, Target, resolve
+from attnplan.errors import MemoryBudgetError, NoBackendError, RingError, SpecError, did_you_mean
+from attnplan.ir import Graph
+from attnplan.ring.choose import RingCandidate, choose
+from attnplan.ring.layouts import LAYOUTS
+from attnplan.ring.price import Kernel
+from attnplan.ring.transports import TRANSPORTS
+from attnplan.spec import LEARNED, AttentionSpec
+from attnplan.units import format_bytes
+
+
+@attrs.frozen
+class Runner:
+    """A backend's schedule that may run graphs of a ring."""
+
+    backend: Backend
+    schedule: Schedule
+
+    @property
+    def name(self) -> str:
+        """The runner as reports write it."""
+        return f"{self.backend.name} ({self.schedule.name})"
+
+
+@attrs.frozen
+class RingPrediction:
+    """What a call is expected to take."""
+
+    seconds: float
+    """Time of the slowest rank: forward, or forward and backward if the spec says ``training``."""
+    peak_bytes: int
+    """Memory beside inputs and output of the rank that needs the most."""
+
+
+@attrs.frozen
+class FoundRing:
+    """What planning a ring found."""
+
+    candidates: tuple[RingCandidate, ...]
+    runners: tuple[Runner, ...]
+    """The first that accepts a graph runs it."""
+    refused: tuple[tuple[str, tuple[str, ...]], ...]
+    """Backends and schedules that are not here or not asked for, with every reason."""
+
+
+def search_ring(
+    spec: AttentionSpec,
+    target: Target,
+    ranks: int | tuple[int, int],
+    pins: Mapping[str, Any],
+    *,
+    deterministic: bool = False,
+) -> FoundRing:
+    """Choose layout, transport and kernels for a spec over some ranks; ``pins`` are those of :class:`Plan`.
+
+    Raises
+    ------
+    MemoryBudgetError
+        If no rank's part fits the budget.
+    SpecError
+        If the backend or the strategy is unknown.
+    NoBackendError
+        If no backend can run the ranks' graphs.
+    RingError
+        If no layout and transport can carry the spec, or it has operands that a ring has no gradients for.
+    """
+    learned = [name for name in LEARNED if name in spec.operands]
+    if learned:
+        raise RingError(
+            f"{', '.join(learned)}: a ring has no gradients for operands yet; leave out mesh= and ring_size="
+        )
+    layout, transport = split_strategy(pins["strategy"])
+    accepted, refused = _runners(target, pins["backend"], deterministic=deterministic)
+    if not accepted:
+        lines = "\n".join(f"  {name}: {'; '.join(reasons)}" for name, reasons in refused)
+        raise NoBackendError(f"no backend can run a ring on {target.device.name}:\n{lines}")
+    kernels = [_kernel(r, spec, target.device) for r in accepted]
+    found = _within(choose(spec, ranks, target.device, layout, transport, kernels), target, pins["max_memory"])
+    most = _most_used(found[0])
+    first = [r for r in accepted if r.name == most]
+    rest = [r for r in accepted if r.name != most]
+    return FoundRing(found, (*first, *rest), tuple(refused))
+
+
+def split_strategy(strategy: str) -> tuple[str, str]:
+    """Return layout and transport of a strategy: ``"auto"``, ``"zigzag"``, ``"rows"`` or ``"contiguous > halo"``.
+
+    Examples
+    --------
+    >>> split_strategy("zigzag > ring"), split_strategy("rows")
+    (('zigzag', 'ring'), ('auto', 'rows'))
+    """
+    if strategy == "auto":
+        return "auto", "auto"
+    names = [part.strip() for part in strategy.split(">")]
+    known = [*LAYOUTS, *TRANSPORTS, "auto"]
+    if len(names) == 1:
+        (name,) = names
+        if name in LAYOUTS:
+            return name, "auto"
+        if name in TRANSPORTS:
+            return "auto", name
+    elif len(names) == 2 and names[0] in (*LAYOUTS, "auto") and names[1] in (*TRANSPORTS, "auto"):
+        return names[0], names[1]
+    bad = next((n for n in names if n not in known), strategy)
+    raise SpecError(
+        f"unknown strategy {strategy!r} for a ring{did_you_mean(bad, known)}; it is a layout, a transport, or both, "
+        "such as 'zigzag > ring'"
+    )
+
+
+def _within(candidates: tuple[RingCandidate, ...], target: Target, max_memory: int | None) -> tuple[RingCandidate, ...]:
+    """Return the candidates with those refused that need more than there is."""
+    budget = target.device.memory if max_memory is None else max_memory
+    limit = f"the device's {format_bytes(budget)}" if max_memory is None else f"max_memory={format_bytes(budget)}"
+
+    def judged(one: RingCandidate) -> RingCandidate:
+        if one.refused or one.peak_bytes <= budget:
+            return one
+        need = format_bytes(one.peak_bytes)
+        return attrs.evolve(one, refused=f"a rank needs {need} beside its inputs and output, more than {limit}")
+
+    found = sorted(map(judged, candidates), key=lambda c: bool(c.refused))
+    if found[0].refused:
+        least = min((c for c in candidates if not c.refused), key=lambda c: c.peak_bytes)
+        raise MemoryBudgetError(
+            f"the smallest ring, {least.name}, needs {format_bytes(least.peak_bytes)} on a rank beside its inputs and "
+            f"output, more than {limit}; try more ranks, or max_memory='{-(-least.peak_bytes // 2**10)} KiB'"
+        )
+    return tuple(found)
+
+
+def _runners(
+    target: Target, backend: str, *, deterministic: bool
+) -> tuple[list[Runner], list[tuple[str, tuple[str, ...]]]]:
+    if backend != "auto":
+        registry().get(backend)
+    accepted, refused = [], []
+    for one in registry().backends.values():
+        for schedule in one.schedules(target.device):
+            runner = Runner(one, schedule)
+            reasons = list(one.missing(schedule, target))
+            if backend not in ("auto", one.name):
+                reasons.append(f"backend={backend!r} was asked for")
+            elif backend == "auto" and not one.automatic:
+                reasons.append(f"runs only when asked for by backend={one.name!r}")
+            if deterministic and not schedule.deterministic:
+                reasons.append("deterministic=True was asked for, and it is not known to repeat bit for bit")
+            if reasons:
+                refused.append((runner.name, tuple(reasons)))
+            else:
+                accepted.append(runner)
+    return accepted, refused
+
+
+def _kernel(runner: Runner, spec: AttentionSpec, device: Device) -> Kernel:
+    def refuses(graph: Graph) -> bool:
+        return bool(runner.backend.refuse(graph, spec, runner.schedule, device))
+
+    return Kernel(runner.name, runner.schedule.kernel, refuses)
+
+
+def _most_used(candidate: RingCandidate) -> str:
+    """Return the kernel that runs most of the slowest rank's time."""
+    each: dict[str, float] = {}
+    for hop in candidate.slowest.hops:
+        each[hop.kernel] = each.get(hop.kernel, 0.0) + hop.compute
+    return max(each, key=lambda name: each[name]) if each else ""
+
+
+def sizes_of(mesh: Any, ring_size: int) -> Sequence[int]:
+    """Return the sizes of a mesh's dimensions.
+
+    Raises
+    ------
+    SpecError
+        If it is no mesh, has more than two dimensions, or has another number of ranks than the spec.
+    """
+    shape = getattr(mesh, "shape", None)
+    if shape is None or not hasattr(mesh, "get_group"):
+        raise SpecError(
+            f"mesh must be a torch.distributed DeviceMesh, got {type(mesh).__name__}; "
+            'make one by init_device_mesh("cuda", (ranks,))'
+        )
+    sizes = tuple(int(n) for n in shape)
+    if len(sizes) not in (1, 2):
+        raise SpecError(f"mesh has {len(sizes)} dimensions; use one, or two for a ring of groups that spread heads")
+    total = sizes[0] * (sizes[1] if len(sizes) == 2 else 1)
+    if ring_size not in (1, total):
+        raise SpecError(f"ring_size={ring_size}, the mesh has {total} ranks; leave ring_size out")
+    return sizes
+
+
+def place_of(mesh: Any, device: object) -> tuple[Target, Any]:
+    """Return the device of a ring, and what of its mesh two compilations must share to be the same.
+
+    Raises
+    ------
+    SpecError
+        If the device is another than that of the mesh.
+    """
+    if mesh is None:
+        return resolve(device), None
+    from attnplan.runtime.ring.groups import group_of
+
+    kind = mesh.device_type
+    target = resolve(kind if device == "auto" else device)
+    if str(target.torch_device).partition(":")[0] != kind:
+        raise SpecError(f"device={device!r} is not a device of the mesh, which is on {kind}; leave device= out")
+    return target, (mesh, id(group_of(mesh)))
