@@ -55,8 +55,14 @@ def test_a_window_becomes_overlapping_chunks():
     assert disjoint([node.type.rows for node, _ in attends])
     middle = max(attends, key=lambda pair: pair[0].type.rows.elements_count)[0]
     k = graph.args(middle)[1].type.rows
-    assert k.axes[-2].row == 64 < k.length == 64 + 2 * 256
+    assert k.axes[-2].row == 32 < k.length == 32 + 2 * 256
     assert all(op.tile is None for _, op in attends)
+
+
+def test_a_window_that_is_trained_has_longer_chunks():
+    attends = lowered(P.window(256), training=True).of(Attend)
+    rows = max((node.type.rows for node, _ in attends), key=lambda r: r.elements_count)
+    assert (rows.axes[-2].row, rows.length) == (64, 64)
 
 
 def test_what_is_no_band_becomes_tiles():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import attrs
 
 from attnplan.cost import Device, KernelModel, Target
-from attnplan.ir import Graph
+from attnplan.ir import Graph, Output
 from attnplan.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ class Schedule:
     """(queries, keys) of the tiles in which it runs sparse masks; None if it runs whole masks only."""
     chunk: int | None = 128
     """Queries of the chunks in which it runs bands; None if it leaves them whole."""
+    forward_chunk: int | None = None
+    """The same for a spec that is not trained, where fewer are faster: a backward adds up the keys of every chunk."""
     runs: str = ""
     """Its kernel: a key of :data:`attnplan.runtime.kernels.KERNELS`; empty for plain torch."""
     deterministic: bool = False
@@ -64,10 +66,20 @@ class Schedule:
     modules: tuple[str, ...] = ()
     """Modules that hold its kernel: the first that can be imported is used."""
 
+    def tiling(self, training: bool) -> tuple[tuple[int, int], int | None] | None:
+        """Return tile and chunk, None if it has no tiles."""
+        chunk = self.chunk if training or self.forward_chunk is None else self.forward_chunk
+        return None if self.tile is None else (self.tile, chunk)
+
     @property
-    def tiling(self) -> tuple[tuple[int, int], int | None] | None:
-        """Tile and chunk, None if it has no tiles."""
-        return None if self.tile is None else (self.tile, self.chunk)
+    def fused(self) -> bool:
+        """Whether our own kernels may gather before its kernel and join after it, which takes a CUDA device."""
+        return self.runs not in ("", "flash-cpu")
+
+    @property
+    def priced(self) -> KernelModel:
+        """Its kernel under the name by which calibrations know it: what it runs, or its own name."""
+        return self.kernel if self.kernel.key else attrs.evolve(self.kernel, key=self.runs or self.name)
 
     @property
     def native(self) -> frozenset[str]:
@@ -134,7 +146,14 @@ class Backend:
 
     def emit(self, graph: Graph, spec: AttentionSpec, schedule: Schedule, device: str) -> Program:
         """Return the program that runs ``graph`` on a torch device."""
-        program: Program = import_module(self.emitter).emit(graph, spec, schedule, device)
+        output = graph.output.op
+        emit = import_module(self.emitter).emit
+        program: Program
+        if isinstance(output, Output) and (output.loop is not None or output.recompute):
+            looped = import_module("attnplan.runtime.loops").LoopedProgram
+            program = looped(graph, lambda body: emit(body, spec, schedule, device))
+        else:
+            program = emit(graph, spec, schedule, device)
         return program
 
 

@@ -50,7 +50,9 @@ def merge(q: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor], places: Seq
 def placed(q: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor], places: Sequence[Place]) -> tuple[Tensor, Tensor]:
     """Return :func:`merge` of parts that share no row: each is its rows' whole softmax, and is copied to its place."""
     total = torch.full(q.shape[:3], -torch.inf, dtype=accumulator(q.dtype), device=q.device)
-    out = empty_like_rows(q, outs[0].shape[-1], q.dtype).zero_()
+    out = empty_like_rows(q, outs[0].shape[-1], q.dtype)
+    if sum(lse.numel() for lse in lses) < total.numel():
+        out.zero_()  # rows that no part covers
     for part, lse, place in zip(outs, lses, places, strict=True):
         _at(out, place).copy_(part)
         _at_one(total, place).copy_(lse)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import attrs
 
 from attnplan.backends.base import Backend, Schedule
-from attnplan.backends.limits import HALF, TF32, Limits, dotted, reasons
+from attnplan.backends.limits import HALF, TF32, Limits, bias_reasons, dotted, reasons
 from attnplan.cost import Device, KernelModel
 from attnplan.ir import Attend, Graph
 from attnplan.spec import AttentionSpec
@@ -19,6 +19,7 @@ FLASH_CPU = Schedule(
     title="SDPA's flash operator for CPU",
     tile=(128, 64),
     chunk=64,
+    forward_chunk=32,
     runs="flash-cpu",
     deterministic=True,
     tested="CPU",
@@ -82,13 +83,13 @@ class Eager(Backend):
 
     def refuse(self, graph: Graph, spec: AttentionSpec, schedule: Schedule, device: Device) -> tuple[str, ...]:
         if device.kind == "cpu":
-            return tuple(_on_cpu(spec, schedule))
+            return tuple(_on_cpu(graph, spec, schedule))
         if schedule.name == "math":
             return tuple(_plain(spec, device))
         return tuple(_fused(graph, spec, schedule, device))
 
 
-def _on_cpu(spec: AttentionSpec, schedule: Schedule) -> Iterator[str]:
+def _on_cpu(graph: Graph, spec: AttentionSpec, schedule: Schedule) -> Iterator[str]:
     if schedule.name == "math":
         return
     if spec.dropout:
@@ -97,6 +98,7 @@ def _on_cpu(spec: AttentionSpec, schedule: Schedule) -> Iterator[str]:
         yield f"the flash operator has no softcap, the spec has softcap={spec.softcap}"
     if spec.value_dim != spec.head_dim:
         yield f"the flash operator needs value_dim == head_dim, the spec has {spec.value_dim} and {spec.head_dim}"
+    yield from bias_reasons("the flash operator", schedule.native, graph)
 
 
 def _plain(spec: AttentionSpec, device: Device) -> Iterator[str]:

@@ -6,11 +6,21 @@ from collections.abc import Callable, Sequence
 from operator import getitem
 from typing import Any
 
+import attrs
 import torch
 import torch.nn.functional as F
 from torch import fx
 
 from attnplan.backends.base import Program, Schedule
+from attnplan.backends.eager.launches import (
+    gather_backward,
+    gather_forward,
+    launch_of,
+    pull_gradients,
+    pull_values,
+    pulls,
+)
+from attnplan.backends.eager.learned import bias, emit_learned, has_sinks, sunk
 from attnplan.backends.eager.places import Owner, Place, is_whole, keeps_rows, owners, place
 from attnplan.backends.eager.programs import DirectProgram, FusedProgram, PlainProgram
 from attnplan.ir import Attend, Axis, Graph, Merge, Mix, Node, RowMap
@@ -19,8 +29,8 @@ from attnplan.ir.ops import disjoint
 from attnplan.ir.slots import mask_rows, slot_condition
 from attnplan.lower import lower
 from attnplan.runtime import attend as attends
+from attnplan.runtime import loops, views
 from attnplan.runtime import merge as merges
-from attnplan.runtime import views
 from attnplan.runtime.dropout import DropoutMask
 from attnplan.runtime.following import FollowingWindow
 from attnplan.runtime.kernels_all import KERNELS
@@ -41,13 +51,15 @@ def emit(graph: Graph, spec: AttentionSpec, schedule: Schedule, device: str) -> 
     """
     follow = not spec.is_static and keeps_rows(graph)
     emitter = Emitter(lower(spec) if follow else graph, spec, follow, schedule.native)
-    if not schedule.runs:
+    blocked = any(op.loop is not None for _, op in graph.of(Attend))
+    if not schedule.runs and not blocked:
         module = emitter.plain()
         return PlainProgram(module, _source(module), follow)
     kernel = schedule.runs
     forward, backward = emitter.forward(kernel), emitter.backward(kernel)
     fused = FusedProgram(forward, backward, f"{_source(forward)}\n{_source(backward)}", follow)
-    direct = emitter.direct(kernel)
+    fused = attrs.evolve(fused, learned=emit_learned(emitter))
+    direct = None if blocked else emitter.direct(kernel)
     return fused if direct is None else DirectProgram(direct, fused, _source(direct))
 
 
@@ -82,21 +94,28 @@ class Emitter:
     def __init__(self, graph: Graph, spec: AttentionSpec, follow: bool, native: frozenset[str] = frozenset()) -> None:
         self.graph, self.spec, self.follow, self.native = graph, spec, follow, native
         self.owners = owners(graph)
+        self.launches = launch_of(graph, spec.layout, spec.batch)
+        self.pulls = pulls(graph)
         self.result = graph[graph.output.args[0]]
         self.saved = self._saved()
         self.modules: dict[str, Any] = {}
 
     def _saved(self) -> tuple[tuple[int, str], ...]:
         """Return the (node, "out" or "lse") that the backward needs beside the result's own."""
-        needed = dict.fromkeys(
-            pair for o in self.owners.values() for pair in ((o.out, "out"), (o.lse, "lse")) if pair[0] != self.result.id
-        )
-        return tuple(needed)
+        pairs = (pair for o in self.owners.values() for pair in ((o.out, "out"), (o.lse, "lse")))
+        return tuple(dict.fromkeys((self._holder(i), what) for i, what in pairs if i != self.result.id))
+
+    def _holder(self, node_id: int) -> int:
+        """Return the node whose value holds that of an attend: the first of its launch."""
+        launch = self.launches.get(node_id)
+        return node_id if launch is None else launch.first
 
     def direct(self, kernel: str) -> fx.GraphModule | None:
         """Return the bare kernel call for a graph that is one, or None."""
         op, node = self.result.op, self.result
         if self.follow or not isinstance(op, Attend) or not is_whole(self.graph, node):
+            return None
+        if op.biases or has_sinks(self.graph):
             return None
         found = lowered(self.graph, node, self.native)
         if found is None or found.documents or op.tile is not None:
@@ -127,13 +146,19 @@ class Emitter:
         operands, *inputs = self._placeholders(code)
 
         def one(node: Node, op: Attend) -> Value:
-            q, k, v = self._rows(code, node, inputs)
+            if self._holder(node.id) != node.id:  # its launch has run
+                return values[self._holder(node.id)]
+            q, k, v = self._taken(code, node, inputs)
             mask, causal, options = self._lowered(code, node, op, operands, inputs)
-            pair = code.call_function(attends.attend, (q, k, v, mask, kernel, causal, op.scale), options)
+            if op.loop is not None:
+                pair = code.call_function(loops.attend_blocks, (q, k, v, mask, causal, op.scale, op.loop), options)
+            else:
+                pair = code.call_function(attends.attend, (q, k, v, mask, kernel, causal, op.scale), options)
             return _pair(code, pair, node.id)
 
-        values = self._values(code, inputs[0], one, (merges.merge, merges.weighted_sum))
-        out, lse = self._finished(code, inputs[0], values)
+        values: dict[int, Value] = {}
+        self._values(code, inputs[0], one, (merges.merge, merges.weighted_sum), values)
+        out, lse = self._finished(code, operands, inputs[0], values)
         values[self.result.id] = (out, lse)
         code.output((out, lse, *(values[i][0 if what == "out" else 1] for i, what in self.saved)))
         return fx.GraphModule(self.modules, code, "Forward")
@@ -154,8 +179,8 @@ class Emitter:
             pair = code.call_function(attends.attend_plain, (q, k, v, mask, causal, op.scale), options)
             return _pair(code, pair, node.id)
 
-        values = self._values(code, q, one, (merges.merge_plain, merges.weighted_sum_plain))
-        code.output(self._finished(code, q, values))
+        values = self._values(code, q, one, (merges.merge_plain, merges.weighted_sum_plain), {})
+        code.output(self._finished(code, operands, q, values))
         return fx.GraphModule(self.modules, code, "Plain")
 
     def backward(self, kernel: str) -> fx.GraphModule:
@@ -163,18 +188,27 @@ class Emitter:
         code = fx.Graph()
         grad, grad_lse = code.placeholder("grad"), code.placeholder("grad_lse")
         operands, *inputs = self._placeholders(code, operands_last=False)
-        known = {(self.result.id, "out"): code.placeholder("out"), (self.result.id, "lse"): code.placeholder("lse")}
-        known |= {key: code.placeholder(f"{key[1]}_{key[0]}") for key in self.saved}
+        known = self._known(code)
         pieces = []
         for node, op in self.graph.of(Attend):
-            rows = self._rows(code, node, inputs)
+            if self._holder(node.id) != node.id:
+                continue
             mask, causal, options = self._lowered(code, node, op, operands, inputs)
-            flow = self._flow(code, node, self.owners[node.id], known, grad, grad_lse, inputs[0])
-            args = (*flow[:2], *rows, *flow[2:], mask, kernel, causal, op.scale)
-            triple = code.call_function(attends.attend_backward, args, options)
+            given = self._given_back(code, node, known, grad, grad_lse, inputs)
+            if op.loop is not None:
+                blocks = (*given, mask, causal, op.scale, op.loop)
+                triple = code.call_function(loops.attend_blocks_backward, blocks, options)
+            else:
+                args = (*given, mask, kernel, causal, op.scale)
+                triple = code.call_function(attends.attend_backward, args, options)
             pieces.append((node, [_named(code, getitem, (triple, i), f"d{n}_{node.id}") for i, n in enumerate("qkv")]))
         code.output(self._gradients(code, inputs, pieces))
         return fx.GraphModule(self.modules, code, "Backward")
+
+    def _known(self, code: fx.Graph) -> dict[tuple[int, str], fx.Node]:
+        """Append the arguments of a backward that the forward returned."""
+        known = {(self.result.id, "out"): code.placeholder("out"), (self.result.id, "lse"): code.placeholder("lse")}
+        return known | {key: code.placeholder(f"{key[1]}_{key[0]}") for key in self.saved}
 
     def _placeholders(self, code: fx.Graph, *, operands_last: bool = True) -> list[fx.Node]:
         names = ["q", "k", "v", "operands"] if operands_last else ["operands", "q", "k", "v"]
@@ -202,7 +236,7 @@ class Emitter:
         self, code: fx.Graph, node: Node, op: Attend, operands: fx.Node, inputs: Sequence[fx.Node]
     ) -> tuple[fx.Node | None, fx.Node | bool, dict[str, Any]]:
         """Return (mask, tiles, lists of tiles or None; causal; what the kernel does by itself) of an attend."""
-        options = _softcap(op)
+        options = _softcap(op) | bias(self, code, node, op, operands, inputs)
         found = lowered(self.graph, node, self.native)
         rows_q, rows_k = (n.type.rows for n in self.graph.args(node)[:2])
         name = f"where_{node.id}"
@@ -247,8 +281,9 @@ class Emitter:
         condition = slot_condition(op, *(n.type.rows for n in self.graph.args(node)[:2]))
         if condition != "mask":
             return None, condition == "causal"
-        rows_q, rows_k = mask_rows(op, rows_q, rows_k)
-        self.modules[name] = MaskBuilder(op.where, rows_q, rows_k, op.shift, self.spec.shape)
+        partial = op.at is not None
+        rows_q, rows_k = mask_rows(attrs.evolve(op, at=None), rows_q, rows_k)
+        self.modules[name] = MaskBuilder(op.where, rows_q, rows_k, op.shift, self.spec.shape, partial=partial)
         return code.create_node("call_module", name, (operands, *inputs[:2])), False
 
     def _tiles(self, node: Node, op: Attend) -> TileBuilder:
@@ -259,7 +294,7 @@ class Emitter:
     def _plain_options(
         self, code: fx.Graph, node: Node, op: Attend, operands: fx.Node, inputs: Sequence[fx.Node]
     ) -> dict[str, Any]:
-        options = _softcap(op)
+        options = _softcap(op) | bias(self, code, node, op, operands, inputs)
         if op.dropout:
             name = f"keep_{node.id}"
             self.modules[name] = DropoutMask(op.dropout, *self._mask_rows(node), follow=self.follow)
@@ -268,11 +303,14 @@ class Emitter:
         return options
 
     def _mask_rows(self, node: Node) -> tuple[RowMap, RowMap]:
-        """Return the row maps over which masks are built: whole inputs have one dimension for all heads."""
-        rows_q, rows_k = (n.type.rows for n in self.graph.args(node)[:2])
+        """Return the positions over which masks are built: whole inputs have one dimension for all heads."""
+        op, (rows_q, rows_k) = node.op, (n.type.rows for n in self.graph.args(node)[:2])
+        assert isinstance(op, Attend)
+        at_q, at_k = op.positions(rows_q, rows_k)
         if is_whole(self.graph, node):
-            return RowMap.whole(self.spec.heads, rows_q.length), RowMap(0, 0, (Axis(1), rows_k.axes[-1]))
-        return rows_q, rows_k
+            heads = Axis(rows_q.elements_count // rows_q.length, head=1)
+            return attrs.evolve(at_q, axes=(heads, at_q.axes[-1])), RowMap(0, at_k.row, (Axis(1), at_k.axes[-1]))
+        return at_q, at_k
 
     def _values(
         self,
@@ -280,20 +318,23 @@ class Emitter:
         q: fx.Node,
         one: Callable[[Node, Attend], Value],
         joins: tuple[Callable[..., Any], Callable[..., Any]],
+        values: dict[int, Value],
     ) -> dict[int, Value]:
         merge, weighted_sum = joins
-        values: dict[int, Value] = {}
         for node in self.graph:
             op = node.op
             if isinstance(op, Attend):
                 values[node.id] = one(node, op)
             if not isinstance(op, Merge | Mix):
                 continue
+            if op.pull and merge is not merges.merge_plain:
+                values[node.id] = self._pulled(code, q, node, op, values)
+                continue
             outs = [values[a][0] for a in node.args]
             places = [self._place(n) for n in self.graph.args(node)]
             if isinstance(op, Mix) and op.rule in ("mean", "sum"):
                 weights = [op.weight(b) for b in op.branches]
-                values[node.id] = (code.call_function(weighted_sum, (q, outs, weights, places)), None)
+                values[node.id] = (_named(code, weighted_sum, (q, outs, weights, places), f"out_{node.id}"), None)
                 continue
             lses = [values[a][1] for a in node.args]
             options: dict[str, Any] = {}
@@ -305,13 +346,50 @@ class Emitter:
             values[node.id] = _pair(code, code.call_function(join, (q, outs, lses, places), options), node.id)
         return values
 
-    def _finished(self, code: fx.Graph, q: fx.Node, values: dict[int, Value]) -> Value:
+    def _finished(self, code: fx.Graph, operands: fx.Node, q: fx.Node, values: dict[int, Value]) -> Value:
         """Return the result in the dtype of q and in the shape of the whole output."""
         out, lse = values[self.result.id]
         if self._place(self.result) is not None:  # one cell that is the whole output, its heads spread over axes
             out = code.call_function(attends.whole_output, (out, q))
             lse = None if lse is None else code.call_function(attends.whole_output, (lse, q))
+        if has_sinks(self.graph):
+            out, lse = sunk(code, operands, out, lse)
         return code.call_function(attends.in_dtype_of, (out, q)), lse
+
+    def _given_back(
+        self,
+        code: fx.Graph,
+        node: Node,
+        known: dict[tuple[int, str], fx.Node],
+        grad: fx.Node,
+        grad_lse: fx.Node,
+        inputs: Sequence[fx.Node],
+    ) -> list[Any]:
+        """Return grad, grad of LSE, q, k, v, output and LSE at the rows of one attend, or of all in its launch."""
+        owner, launch = self.owners[node.id], self.launches.get(node.id)
+        if launch is None:
+            flow = self._flow(code, node, owner, known, grad, grad_lse, inputs[0])
+            return [*flow[:2], *self._rows(code, node, inputs), *flow[2:]]
+        pairs = ((owner.out, "out"), (owner.lse, "lse"))
+        saved = [None if i == self.result.id else known[self._holder(i), what] for i, what in pairs]
+        whole = [None if s is not None else known[self.result.id, w] for (_, w), s in zip(pairs, saved, strict=True)]
+        flow_lse = grad_lse if self.result.type.lse else None
+        given = gather_backward(code, self.modules, launch, [grad, flow_lse, *inputs, *whole])
+        return [*given[:5], *(g if s is None else s for g, s in zip(given[5:], saved, strict=True))]
+
+    def _taken(self, code: fx.Graph, node: Node, inputs: Sequence[fx.Node]) -> list[fx.Node]:
+        """Return the rows of q, k and v of one attend, or of all in its launch."""
+        launch = self.launches.get(node.id)
+        if launch is None:
+            return self._rows(code, node, inputs)
+        return gather_forward(code, self.modules, launch, inputs)
+
+    def _pulled(self, code: fx.Graph, q: fx.Node, node: Node, op: Merge | Mix, values: dict[int, Value]) -> Value:
+        """Append a join that writes each row once."""
+        name, holders = f"pull_{node.id}", pull_values(self.graph, self.modules, node, op, self.launches)
+        outs, lses = [values[i][0] for i in holders], [values[i][1] for i in holders]
+        out, lse = _pair(code, code.create_node("call_module", name, (q, outs, lses)), node.id)
+        return out, lse if node.type.lse else None
 
     def _flow(
         self,
@@ -330,7 +408,7 @@ class Emitter:
             return x if where is None else code.call_function(view, (x, *where))
 
         own_grad = here(grad, views.rows)
-        if owner.weight != 1.0:
+        if owner.weight != 1.0 and self.pulls is None:  # what pulls gradients weighs them
             own_grad = code.call_function(torch.mul, (own_grad, owner.weight))
         has_lse = self.result.type.lse
         own_grad_lse = here(grad_lse, views.rows_if_any) if has_lse else grad_lse
@@ -346,9 +424,24 @@ class Emitter:
     ) -> tuple[fx.Node, ...]:
         if len(pieces) == 1 and is_whole(self.graph, pieces[0][0]):
             return tuple(pieces[0][1])
+        if self.pulls is not None:
+            return self._pulled_gradients(code, inputs, {n.id: parts for n, parts in pieces})
         totals = [code.call_function(views.zero_gradient, (x,)) for x in inputs]
         for node, parts in pieces:
             for total, part, arg in zip(totals, parts, self.graph.args(node), strict=True):
                 where = () if is_whole(self.graph, node) else place(arg.type.rows)
                 code.call_function(views.add_rows, (total, part, *where))
         return tuple(code.call_function(attends.in_dtype_of, pair) for pair in zip(totals, inputs, strict=True))
+
+    def _pulled_gradients(
+        self, code: fx.Graph, inputs: Sequence[fx.Node], pieces: dict[int, list[fx.Node]]
+    ) -> tuple[fx.Node, ...]:
+        """Append the sums of gradients that write each row once."""
+        assert self.pulls is not None
+        weights = {i: owner.weight for i, owner in self.owners.items()}
+        made = []
+        for i, x in enumerate(inputs):
+            name = f"pull_d{x}"
+            holders = pull_gradients(self.graph, self.modules, name, self.pulls, weights, self.launches, min(i, 1))
+            made.append(code.create_node("call_module", name, (x, [pieces[h][i] for h in holders]), name=f"d{x}"))
+        return tuple(made)

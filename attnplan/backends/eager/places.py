@@ -21,7 +21,7 @@ def is_whole(graph: Graph, node: Node) -> bool:
 
 def keeps_rows(graph: Graph) -> bool:
     """Return whether nothing in a graph depends on its lengths: whole inputs, all pairs at once."""
-    return not graph.of(Take) and all(op.tile is None for _, op in graph.of(Attend))
+    return not graph.of(Take) and all(op.tile is None and op.loop is None for _, op in graph.of(Attend))
 
 
 @attrs.frozen

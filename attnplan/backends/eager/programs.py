@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from operator import getitem
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, fx
-from torch.autograd import profiler
 
 from attnplan.errors import SpecError
+from attnplan.runtime.first_order import FirstOrder
+from attnplan.runtime.ranges import run
+from attnplan.runtime.scores import learned
 from attnplan.runtime.views import with_features_in_line
-
-
-def run(module: fx.GraphModule, *args: Any) -> Any:
-    """Return the result of an emitted module; under the profiler every op has a range with its name."""
-    if profiler._is_profiler_enabled:
-        return _Ranges(module).run(*args)
-    return module.forward(*args)
-
-
-class _Ranges(fx.Interpreter):
-    """Runs a module node by node, each in a range of the profiler named after the plan's op."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        if not n.op.startswith("call") or n.target is getitem:
-            return super().run_node(n)
-        ids = [found[1] for x in (n, *n.users) if (found := _NAMED.fullmatch(x.name))]
-        what = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", n.name)
-        with profiler.record_function(f"attnplan: %{ids[0]} {what}" if ids else f"attnplan: {what}"):
-            return super().run_node(n)
-
-
-_NAMED = re.compile(r"(?:out|lse|[qkv]|d[qkv]|where|keep)_(\d+)")
-"""Names by which emitted code says which op of the plan a value belongs to."""
 
 
 @attrs.frozen(eq=False)
@@ -49,24 +26,33 @@ class FusedProgram:
     source: str
     follows_lengths: bool = False
     differentiable_lse: bool = True
+    learned: fx.GraphModule | None = None
+    """Gradients of what a call brings for the scores, by name; None if the plan takes none of it."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Run on q, k, v in ``[B, H, S, D]``."""
         q, k, v = with_features_in_line(q), with_features_in_line(k), with_features_in_line(v)
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            out, lse = _Fused.apply(self, operands, q, k, v)  # type: ignore[no-untyped-call]
+        names = () if self.learned is None else learned(operands)
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or names):
+            given = (operands[name] for name in names)
+            out, lse = _Fused.apply(self, operands, names, q, k, v, *given)  # type: ignore[no-untyped-call]
             return out, lse
         result = run(self.forward, q, k, v, operands)
         return result[0], result[1]
 
     def gradients(
-        self, flow: Sequence[Tensor | None], given: Sequence[Tensor], operands: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        flow: Sequence[Tensor | None],
+        given: Sequence[Tensor],
+        operands: Mapping[str, Any],
+        names: Sequence[str] = (),
+    ) -> tuple[Tensor, ...]:
         """Return dq, dk, dv from ``(grad, grad_lse)`` and ``(q, k, v, out, lse)``, with nothing else saved.
 
-        Where branches are needed one by one, the forward runs again for them.
+        Behind them come the gradients of the operands of these names. Where branches are needed one by one, the forward
+        runs again for them.
         """
         q, k, v, out, lse = given
         q, k, v = with_features_in_line(q), with_features_in_line(k), with_features_in_line(v)
@@ -76,10 +62,17 @@ class FusedProgram:
         with torch.no_grad():
             if len(known) > len(_KNOWN):
                 saved = run(self.forward, q, k, v, operands)[2:]
-            found: tuple[Tensor, Tensor, Tensor] = run(
-                self.backward, grad, flow[1], operands, q, k, v, out, lse, *saved
-            )
-        return found
+            return self.run_backward(names, grad, flow[1], operands, q, k, v, out, lse, *saved)
+
+    def run_backward(self, names: Sequence[str], *given: Any) -> tuple[Tensor, ...]:
+        """Return dq, dk, dv, and the gradients of the operands of these names."""
+        found: tuple[Tensor, ...] = run(self.backward, *given)
+        if not names:
+            return found
+        assert self.learned is not None
+        by_name = run(self.learned, *given)
+        operands = given[2]
+        return *found, *(by_name[name].to(operands[name].dtype) for name in names)
 
 
 _KNOWN = ("grad", "grad_lse", "operands", "q", "k", "v", "out", "lse")
@@ -90,40 +83,29 @@ class _Fused(torch.autograd.Function):
     """Runs a :class:`FusedProgram`; the backward gets the merged output and LSE (design, Gradients)."""
 
     @staticmethod
-    def forward(ctx: Any, program: FusedProgram, operands: Mapping[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Any:
+    def forward(
+        ctx: Any, program: FusedProgram, operands: Mapping[str, Any], names: tuple[str, ...], *given: Tensor
+    ) -> Any:
+        q, k, v, *own = given
         out, lse, *saved = run(program.forward, q, k, v, operands)
-        ctx.program, ctx.operands = program, operands
-        ctx.save_for_backward(q, k, v, out, lse, *saved)
+        ctx.program, ctx.names = program, names
+        ctx.operands = {name: x for name, x in operands.items() if name not in names}
+        ctx.save_for_backward(q, k, v, out, lse, *own, *saved)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
-        q, k, v, out, lse, *saved = ctx.saved_tensors
+        q, k, v, out, lse, *rest = ctx.saved_tensors
+        own, saved = rest[: len(ctx.names)], rest[len(ctx.names) :]
         grad = torch.zeros_like(out) if grad is None else with_features_in_line(grad)
+        operands = {**ctx.operands, **dict(zip(ctx.names, own, strict=True))}
         with torch.no_grad():
-            gradients = run(ctx.program.backward, grad, grad_lse, ctx.operands, q, k, v, out, lse, *saved)
+            given = (grad, grad_lse, operands, q, k, v, out, lse, *saved)
+            gradients = ctx.program.run_backward(ctx.names, *given)
         if torch.is_grad_enabled():  # only under create_graph=True
             gradients = FirstOrder.apply(*(x.detach().requires_grad_() for x in gradients))  # type: ignore[no-untyped-call]
-        return None, None, *gradients
-
-
-class FirstOrder(torch.autograd.Function):
-    """Marks gradients that have none of their own.
-
-    Torch's ``once_differentiable`` loses them silently instead, where the upstream gradient is a constant.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *gradients: Tensor) -> Any:
-        return tuple(x.view_as(x) for x in gradients)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        raise RuntimeError(
-            "the flash schedule cannot be differentiated twice: its kernels have first-order gradients only; compile "
-            'with backend="reference" for second derivatives'
-        )
+        return None, None, None, *gradients
 
 
 @attrs.frozen(eq=False)
@@ -151,10 +133,14 @@ class DirectProgram:
         return _inlined(str(self.module.code), self.module)
 
     def gradients(
-        self, flow: Sequence[Tensor | None], given: Sequence[Tensor], operands: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        flow: Sequence[Tensor | None],
+        given: Sequence[Tensor],
+        operands: Mapping[str, Any],
+        names: Sequence[str] = (),
+    ) -> tuple[Tensor, ...]:
         """Return :meth:`FusedProgram.gradients`."""
-        return self.fused.gradients(flow, given, operands)
+        return self.fused.gradients(flow, given, operands, names)
 
 
 class Inlined:
