@@ -37,8 +37,23 @@ class KernelError(AttnPlanError, RuntimeError):
     """A kernel of another library failed in a call; the message says which, on what, and how."""
 
 
+class StreamError(AttnPlanError, OSError):
+    """A file could not be read or written in the middle of a stream; the message says where, the cause why."""
+
+
 class RingError(AttnPlanError):
-    """Something about distributed execution is missing, mismatched or broken."""
+    """Something about distributed execution is missing, mismatched or broken.
+
+    Attributes
+    ----------
+    rank, peer, hop, step : int or None
+        The rank that raised it, the rank that is the cause, and where the call was; None where that has no meaning.
+    """
+
+    rank: int | None = None
+    peer: int | None = None
+    hop: int | None = None
+    step: int | None = None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

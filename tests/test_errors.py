@@ -23,7 +23,7 @@ def test_errors_are_what_python_programs_expect():
 def test_every_public_error_has_the_root():
     found = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
     assert all(issubclass(e, AttnPlanError) for e in found)
-    assert len(found) == 8
+    assert len(found) == 9
 
 
 def test_suggestions_name_the_nearest_word_or_all_of_them():

@@ -1,0 +1,81 @@
+"""Sizes of what kernels and masks allocate, for the memory model."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from math import prod
+
+from attnplan.ir import Attend, RowMap
+from attnplan.patterns import Pattern, Shape
+from attnplan.patterns.blocks import Blocks, RandomBlocks
+from attnplan.patterns.custom import Mask
+from attnplan.spec import AttentionSpec
+
+
+@lru_cache(maxsize=256)
+def mask_elements(op: Attend, q: RowMap, k: RowMap, batch: int, spec: AttentionSpec) -> int:
+    """Return the elements of a mask over some rows: only axes along which the condition changes have more than one."""
+    heads, along = _mask_axes(op.where, spec.shape)
+    per_row = any(a.row for a in q.batch)
+    batch = batch if op.where.operands & {"documents", "key_padding"} or op.shift is None else 1
+    repeats = prod(a.size for a in q.batch if (per_row and a.row) or (heads and a.head))
+    return batch * repeats * (q.length if along[0] else 1) * (k.length if along[1] else 1)
+
+
+@lru_cache(maxsize=256)
+def _mask_axes(where: Pattern, shape: Shape) -> tuple[bool, tuple[bool, bool]]:
+    """Return whether the mask of a condition has an axis of heads, of queries and of keys: it is asked for a few."""
+    import numpy as np
+
+    from attnplan.patterns.counts import Table
+
+    zero = np.zeros((1, shape.kv_len), dtype=np.int64)
+    tables = {name: Table(t) for name, t in where.tables(shape).items()}
+    tables |= {name: Table(zero) for name in where.operands}
+    heads, two = np.arange(min(2, shape.heads)).reshape(-1, 1, 1), np.zeros(2, dtype=np.int64)  # a row there always is
+    found = np.shape(where.pairs(tables, heads, two.reshape(1, 2, 1), two.reshape(1, 1, 2)))
+    sizes = (1,) * (3 - len(found)) + found
+    return sizes[-3] > 1, (sizes[-2] > 1, sizes[-1] > 1)
+
+
+def looked_up(where: Pattern) -> bool:
+    """Return whether a condition reads a table of pairs, for which two indices of 8 bytes a pair are made."""
+    return any(isinstance(part, Blocks | RandomBlocks | Mask) for part in where.walk())
+
+
+def flash_cpu(rows: int, keys: int, features: int, item: int, acc: int) -> int:
+    """Return the buffers of SDPA's flash operator for CPU: scores of one tile, and of its output, for each thread."""
+    tall = min(rows, 256 if rows >= 768 else 64 if rows >= 192 else 32)
+    wide = min(keys, 512)
+    each = (tall * wide + 2 * tall + tall * features) * acc + (tall * wide * item if item < acc else 0)
+    return _threads() * (each + 4096)
+
+
+@lru_cache(maxsize=1)
+def _threads() -> int:
+    """Return how many threads a kernel of the CPU may use, each with buffers of its own."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(int(given), here) if given.isdigit() and int(given) else here
+
+
+def bias_bytes(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec, *, whole: bool, plain: bool) -> int:
+    """Return the bytes of what is added to the scores of an attend; in training, of its gradient too.
+
+    ``whole`` says that it runs on whole inputs, so that a bias is no copy; ``plain``, that it is plain torch.
+    """
+    if not op.biases:
+        return 0
+    acc, alone = 8 if spec.dtype == "float64" else 4, op.biases == ("bias",)
+    pairs = prod(q.sizes) * k.length * spec.batch * acc
+    if plain:
+        return 0 if alone and whole else pairs
+    apart = prod(a.size for a in q.batch if a.row) * q.length * k.length  # distances
+    made = (1 if alone and whole else 2) + (2 if alone else 3) * spec.training
+    total = 0
+    if spec.training and not whole and "bias" in op.biases:  # two gradients of the whole bias
+        total = 2 * spec.heads * spec.shape.seq_len * spec.shape.kv_len * acc
+    small = made * pairs // 16 + 2**12  # positions, and what is padded to whole blocks
+    sinks = spec.batch * spec.heads * spec.shape.seq_len * spec.value_dim * acc if spec.sink_logits else 0
+    return made * pairs + small + total + sinks + (0 if alone else 4 * apart)

@@ -1,0 +1,450 @@
+"""Peak memory of a plan: which buffers of the emitted program live at once.
+
+Counted is everything beside q, k, v, the output and, in training, the gradients of these, rounded as the device's
+allocator rounds. The emitted program frees a value after its last use, so the peak follows from the order of the nodes;
+what an op needs while it runs (copies, masks, workspaces of kernels, tiles) is written down here, op by op.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+
+import attrs
+
+from attnplan.cost.buffers import bias_bytes, flash_cpu, looked_up, mask_elements
+from attnplan.cost.rules import Setting, value_bytes
+from attnplan.cost.tiles import attend_tiles, fullest_row
+from attnplan.ir import Attend, Graph, Merge, Mix, Node, Output, Take
+from attnplan.ir.launch import launches
+from attnplan.ir.native import lowered
+from attnplan.ir.ops import disjoint
+from attnplan.ir.slots import mask_rows, slot_condition
+from attnplan.passes.chunk import normal, parts, pieces, restrict, without_loop
+
+BLOCK = {"cpu": 64, "cuda": 512}
+"""Bytes to whose multiples an allocator rounds a buffer.
+
+On CUDA the blocks are cut from segments of 2 MiB, or of 20 MiB for buffers above 1 MiB. *Allocated* memory counts the
+blocks, and is what a peak means here; *reserved* memory counts the segments.
+"""
+SMALL = 16 * 2**10
+"""Bytes of indices, counts and other small buffers; with 1/64 of the workspace for what each op keeps beside it."""
+_MULTIPROCESSORS = 132
+
+
+@attrs.frozen
+class Memory:
+    """Peak memory beside inputs and output, in bytes, by what it is for.
+
+    Examples
+    --------
+    >>> Memory(workspace=100, gathered=20, saved=3).total
+    123
+    """
+
+    workspace: int = 0
+    """Partial outputs, accumulators, masks, scores and what kernels allocate."""
+    gathered: int = 0
+    """Copies of rows of q, k and v."""
+    saved: int = 0
+    """What the backward is given beside q, k, v and the output: the LSE, outputs of branches, scores of plain torch."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.workspace + self.gathered + self.saved
+
+    def __add__(self, other: Memory) -> Memory:
+        return Memory(self.workspace + other.workspace, self.gathered + other.gathered, self.saved + other.saved)
+
+
+def larger(*found: Memory) -> Memory:
+    """Return the largest of some peaks."""
+    return max(found, key=lambda m: m.total)
+
+
+def peak_bytes(graph: Graph, setting: Setting, kind: str = "cpu") -> int:
+    """Return the most memory that is live at one moment, inputs and the output itself left out."""
+    return peak_memory(graph, setting, kind).total
+
+
+def peak_memory(graph: Graph, setting: Setting, kind: str = "cpu") -> Memory:
+    """Return the peak of one call: of the forward, or of forward and backward if the spec says ``training``.
+
+    Parameters
+    ----------
+    graph
+        The program.
+    setting
+        The spec and the kernel.
+    kind
+        ``"cpu"`` or ``"cuda"``.
+    """
+    output = graph.output.op
+    assert isinstance(output, Output)
+    if output.loop is None and not output.recompute:
+        model = _Model(graph, setting, kind)
+        found = model.training() if setting.spec.training else model.inference()
+    else:
+        found = _looped(graph, setting, kind, output)
+    return found + Memory(workspace=SMALL + found.workspace // 64)
+
+
+def peak_of_some(graph: Graph, setting: Setting, kind: str) -> int:
+    """Return a lower bound of a loop's peak, from its first, middle and last piece."""
+    output = graph.output.op
+    assert isinstance(output, Output)
+    if output.loop is None:
+        return 0
+    found, whole = pieces(graph, output.loop), without_loop(graph)
+    some = (restrict(whole, found[i]).graph for i in {0, len(found) // 2, len(found) - 1})
+    return _looped(graph, setting, kind, output, tuple({normal(g) for g in some if g is not None})).total
+
+
+def _looped(graph: Graph, setting: Setting, kind: str, output: Output, some: tuple[Graph, ...] | None = None) -> Memory:
+    """Return the peak of a loop: its largest piece, whose own output and gradients are beside the whole ones."""
+    spec = setting.spec
+    batch = spec.batch if output.loop is None else min(spec.batch, output.loop[0])
+    small = attrs.evolve(spec, batch=batch)
+    bodies = some or ((without_loop(graph),) if output.loop is None else _bodies(graph))
+    training = spec.training
+    lse = spec.batch * _rows(graph) * setting.accumulator if training and graph.output.type.lse else 0
+    peak = Memory(saved=lse)
+    for body in bodies:
+        model = _Model(body, Setting.of(body, small, setting.kernel), kind)
+        here = model.inference() + Memory(workspace=model.output_bytes)
+        if training:
+            here = larger(here, model.again() + Memory(workspace=model.gradient_bytes + _totals(graph, batch, setting)))
+        peak = larger(peak, here + Memory(saved=lse))
+    return peak
+
+
+@lru_cache(maxsize=64)
+def _bodies(graph: Graph) -> tuple[Graph, ...]:
+    """Return the graphs of the pieces, those that are alike once."""
+    return tuple(dict.fromkeys(normal(p.graph) for p in parts(graph) if p.graph is not None))
+
+
+def _rows(graph: Graph) -> int:
+    return graph.output.type.rows.elements_count
+
+
+def _totals(graph: Graph, batch: int, setting: Setting) -> int:
+    """Return the bytes in which a loop sums the gradients of k and v over the pieces of the same heads."""
+    output = graph.output.op
+    assert isinstance(output, Output)
+    k, v = (graph.inputs[n].type for n in "kv")
+    heads = k.rows.elements_count // k.rows.length
+    here = heads if output.loop is None else min(heads, output.loop[1])
+    return batch * here * k.rows.length * (k.features + v.features) * setting.accumulator
+
+
+class _Model:
+    """The buffers of one program, from the functions that emitted code calls."""
+
+    def __init__(self, graph: Graph, setting: Setting, kind: str) -> None:
+        self.graph, self.setting, self.kind = graph, setting, kind
+        self.item, self.acc = setting.item, setting.accumulator
+        self.plain = setting.kernel.materialises and not any(op.loop for _, op in graph.of(Attend))
+        rows = _rows(graph) * setting.batch
+        self.output_bytes = rows * graph.output.type.features * self.item
+        self.gradient_bytes = sum(value_bytes(n, setting) for n in graph.inputs.values())
+        self.wide = self.gradient_bytes // self.item * self.acc if self.acc != self.item else 0
+        """Copies of q, k and v in the accumulating dtype, which plain torch computes in."""
+        self.masks = sum(self._mask(n)[0] for n, op in graph.of(Attend))
+        self.result = graph[graph.output.args[0]]
+        self.launches = {n.id: nodes for nodes in launches(graph).values() for n in nodes}
+
+    # -------------------------------------------------------------------------------------------------- one phase
+
+    def inference(self) -> Memory:
+        """Return the peak of a forward that keeps nothing for a backward."""
+        last_use = {arg: node.id for node in self.graph for arg in node.args}
+        live: dict[int, int] = {}
+        peak = Memory()
+        base = self.wide if self.plain else 0
+        for node in self.graph:
+            during = Memory(workspace=self._round(sum(live.values())), gathered=base)
+            if isinstance(node.op, Attend):
+                own, now = self._attend(node)
+                peak = larger(peak, during + now + Memory(workspace=self.masks))
+                live[node.id] = own
+            elif isinstance(node.op, Merge | Mix):
+                own, extra = self._join(node)
+                peak = larger(peak, during + Memory(workspace=self.masks + own + extra))
+                live[node.id] = own
+            else:
+                continue
+            live = {n: size for n, size in live.items() if last_use.get(n, len(self.graph)) > node.id or n == node.id}
+        finish = self._round(sum(live.values())) + (self.output_bytes if self._casts() else 0)
+        peak = larger(peak, Memory(workspace=self.masks + finish, gathered=base))
+        return attrs.evolve(peak, workspace=max(0, peak.workspace - self.output_bytes))
+
+    def training(self) -> Memory:
+        """Return the peak of a forward and the backward after it."""
+        if self.plain:
+            return self._plain_training()
+        saved = self._saved()
+        forward = self.inference()
+        both = Memory(workspace=2 * self.masks, saved=saved + self._lse())  # the backward builds masks of its own
+        return larger(forward, self._backward() + both)
+
+    def again(self) -> Memory:
+        """Return the peak of a backward that is given q, k, v, output and LSE only."""
+        if self.plain:
+            return self._plain_training()
+        saved = self._saved()
+        computed = self.inference() + Memory(workspace=self.output_bytes) if saved else Memory()
+        return larger(computed, self._backward() + Memory(workspace=2 * self.masks, saved=saved))
+
+    def _lse(self) -> int:
+        return _rows(self.graph) * self.setting.batch * self.acc if self.result.type.lse else 0
+
+    def _saved(self) -> int:
+        """Return the bytes of branches' outputs and LSE that the backward needs one by one."""
+        op = self.result.op
+        if not isinstance(op, Mix) or op.rule == "lse":
+            return 0
+        found = sum(value_bytes(n, self.setting) for n in self.graph.args(self.result))
+        return self._round(found)
+
+    # -------------------------------------------------------------------------------------------------- forward
+
+    def _attend(self, node: Node) -> tuple[int, Memory]:
+        """Return the bytes of an attend's result, and what is live while it runs, its result included."""
+        op = node.op
+        assert isinstance(op, Attend)
+        group = self.launches.get(node.id, [node])
+        if group[0].id != node.id:
+            return 0, Memory()
+        own = self._round(sum(value_bytes(n, self.setting) for n in group))
+        if self.plain:
+            own = own // self.item * self.acc
+        gathered = sum(self._copies(n) for n in group)
+        _, extra = self._mask(node)
+        if op.tile is not None and not self._skips_tiles(op):
+            tiles, copies = self._tiles(node, op, backward=False)
+            return own, Memory(workspace=own + tiles, gathered=copies)
+        return own, Memory(workspace=own + extra + self._workspace(node), gathered=gathered)
+
+    def _skips_tiles(self, op: Attend) -> bool:
+        return "blocks" in self.setting.kernel.native
+
+    def _copies(self, node: Node) -> int:
+        """Return the bytes of q, k and v that are copied for an attend."""
+        takes = [self.graph[a] for a in node.args]
+        if self.plain:
+            whole = not any(isinstance(t.op, Take) for t in takes)
+            return 0 if whole else sum(value_bytes(t, self.setting) for t in takes) // self.item * self.acc
+        return sum(self._round(value_bytes(t, self.setting)) for t in takes if t.id in self.setting.copied)
+
+    def _mask(self, node: Node) -> tuple[int, int]:
+        """Return the bytes of a mask that stays with the plan, and of what each call makes of it and of biases."""
+        kept, made = self._condition(node)
+        op, (q, k) = node.op, (self.graph[a].type.rows for a in node.args[:2])
+        assert isinstance(op, Attend)
+        whole = not any(isinstance(n.op, Take) for n in self.graph.args(node))
+        return kept, made + self._round(bias_bytes(op, q, k, self.setting.spec, whole=whole, plain=self.plain))
+
+    def _condition(self, node: Node) -> tuple[int, int]:
+        """Return the bytes of a mask that stays with the plan, and of what is made of it in each call."""
+        op, (q, k) = node.op, (self.graph[a].type.rows for a in node.args[:2])
+        assert isinstance(op, Attend)
+        if op.tile is not None:
+            return self._tables(node, op), 0
+        if slot_condition(op, q, k) != "mask":
+            causal = self.plain and slot_condition(op, q, k) == "causal"
+            return 0, 2 * q.length * k.length if causal else 0
+        if lowered(self.graph, node, self.setting.kernel.native) is not None:
+            return 0, 0
+        pairs = self._round(mask_elements(op, *mask_rows(op, q, k), self.setting.batch, self.setting.spec))
+        made = pairs if self.plain else pairs * (1 + self.item)  # its complement, and what is added to scores
+        if op.loop is not None:
+            made = pairs
+        building = (
+            34 if self.kind == "cpu" and looked_up(op.where) else 2
+        ) * pairs  # two conditions before they are joined
+        return pairs, max(made, building - self._workspace(node))
+
+    def _workspace(self, node: Node) -> int:
+        """Return the bytes that the kernel allocates in the forward, or the scores of plain torch."""
+        op = node.op
+        assert isinstance(op, Attend)
+        q, k = (self.graph[a].type for a in node.args[:2])
+        blocks = prod(q.rows.sizes[:-1]) * self.setting.batch
+        if op.loop is not None:
+            return self._block(node, op, 2)
+        if self.plain:
+            return 3 * self._round(blocks * q.rows.length * k.rows.length * self.acc) + blocks * q.rows.length * 16
+        if self.kind == "cpu":
+            return flash_cpu(q.rows.length, k.rows.length, q.features, self.item, self.acc)
+        row = (node.type.features + 1) * 4  # of a piece of a split over keys, in float32
+        split = min(-(-k.rows.length // 64) * blocks * q.rows.length, _MULTIPROCESSORS * 128) * row
+        if self.setting.kernel.partials > 1:
+            split = self.setting.kernel.partials * blocks * q.rows.length * row + self.output_bytes
+        wide = blocks * q.rows.length * node.type.features * 4 if node.type.features > 128 else 0
+        return split + wide + 2**20
+
+    def _block(self, node: Node, op: Attend, scores: int) -> int:
+        """Return the bytes of one step of an attend that computes its scores block by block."""
+        assert op.loop is not None
+        q, k, v = (self.graph[a].type for a in node.args)
+        heads = prod(q.rows.sizes[:-1]) * self.setting.batch
+        rows, keys = min(op.loop[0], q.rows.length), min(op.loop[1], k.rows.length)
+        tall = rows * (2 * q.features + 3 * v.features + 8)
+        wide = 2 * keys * (k.features + v.features)
+        return heads * (scores * rows * keys + tall + wide) * self.acc + 2 * rows * keys
+
+    def _join(self, node: Node) -> tuple[int, int]:
+        """Return the bytes of a join's result, and of what it needs beside its parts and its result."""
+        op, rows = node.op, _rows(self.graph) * self.setting.batch
+        assert isinstance(op, Merge | Mix)
+        features, args = node.type.features, self.graph.args(node)
+        lse = rows * self.acc
+        if self.plain:
+            return rows * (features + 1) * self.acc, (4 * features + 4 * len(args)) * rows * self.acc
+        if op.pull:
+            return rows * features * self.item + lse, 0
+        constant = isinstance(op, Mix) and op.rule in ("mean", "sum")
+        apart = disjoint([n.type.rows for n in args]) and not constant
+        if apart:
+            return rows * features * self.item + lse, 0
+        each = [n.type.rows.elements_count * self.setting.batch for n in args]
+        cast = max(each) * features * self.acc if self.acc != self.item or constant else 0
+        return rows * features * self.acc + (0 if constant else lse), cast + (
+            0 if constant else 2 * lse + max(each) * 4
+        )
+
+    def _casts(self) -> bool:
+        """Return whether the result is computed in another dtype than that of the output."""
+        if self.plain:
+            return self.acc != self.item
+        op = self.result.op
+        if not isinstance(op, Merge | Mix) or op.pull or self.acc == self.item:
+            return False
+        constant = isinstance(op, Mix) and op.rule in ("mean", "sum")
+        return constant or not disjoint([n.type.rows for n in self.graph.args(self.result)])
+
+    # -------------------------------------------------------------------------------------------------- tiles
+
+    def _tables(self, node: Node, op: Attend) -> int:
+        q, k = (self.graph[a].type.rows for a in node.args[:2])
+        heads = max(1, q.elements_count // q.length)
+        assert op.tile is not None
+        return attend_tiles(op, q, k, self.setting.spec) // heads * 24 + 64 * prod(op.tile)
+
+    def _tiles(self, node: Node, op: Attend, *, backward: bool) -> tuple[int, int]:
+        """Return (workspace, copies) of the largest batch of tiles that runs at once. See runtime/tiles.py."""
+        assert op.tile is not None
+        q, k, v = (self.graph[a].type for a in node.args)
+        heads = max(1, q.rows.elements_count // q.rows.length)
+        kv_heads = max(1, k.rows.elements_count // k.rows.length)
+        tall, wide = op.tile
+        kept = -(-attend_tiles(op, q.rows, k.rows, self.setting.spec) // heads) * wide * 5 // 4
+        row = fullest_row(op, q.rows, k.rows, self.setting.spec) * wide
+        columns = max(row, min(2**22 // (64 * heads), kept))
+        rows = max(tall, min(q.rows.length + tall, columns * tall // wide))
+        bias = 2 * columns * tall * self.item
+        gathered = columns * kv_heads * (k.features + v.features) * self.item
+        queries = rows * heads * q.features * self.item
+        result = rows * heads * (v.features * self.item + self.acc)
+        ragged = self._padding(node, op) * (2 if op.boxes else 1)
+        if not backward:
+            return bias + result + flash_cpu(
+                tall, columns, q.features, self.item, self.acc
+            ), gathered + queries + ragged
+        grads = columns * kv_heads * (k.features + v.features) * self.item + columns * kv_heads * v.features * self.acc
+        buffers = 3 * flash_cpu(tall, columns, q.features, self.item, self.acc)
+        return bias // 2 + 2 * result + grads + buffers, gathered + 3 * queries + 2 * ragged
+
+    def _padding(self, node: Node, op: Attend) -> int:
+        """Return the bytes of operands that are copied because their last tile is not whole, or in order of boxes."""
+        assert op.tile is not None
+        found = 0
+        for place, arg in enumerate(self.graph.args(node)):
+            tile = op.tile[1 if place else 0]
+            if arg.type.rows.length % tile or op.boxes is not None:
+                found += value_bytes(arg, self.setting)
+                found += value_bytes(arg, self.setting) * (place == 0)  # the output, too
+        return found
+
+    # -------------------------------------------------------------------------------------------------- backward
+
+    def _backward(self) -> Memory:
+        """Return the peak of the backward program beside what it is given: the parts' gradients live until the end."""
+        attends = self.graph.of(Attend)
+        single = len(attends) == 1 and not any(isinstance(n.op, Take) for n in self.graph.args(attends[0][0]))
+        found: dict[int, int] = {}
+        peak = Memory()
+        for node, op in attends:
+            group = self.launches.get(node.id, [node])
+            if group[0].id != node.id:
+                continue
+            own = sum(value_bytes(n, self.setting) for one in group for n in self.graph.args(one))
+            live = sum(found.values())
+            peak = larger(peak, Memory(workspace=live + own) + self._attend_backward(node, op, group))
+            found[node.id] = own
+        pieces = sum(found.values())
+        if single:
+            return attrs.evolve(peak, workspace=max(0, peak.workspace - self.gradient_bytes))
+        total = self.gradient_bytes // self.item * self.acc
+        cast = self.gradient_bytes if self.acc != self.item else 0
+        summed = Memory(workspace=pieces + total - (0 if cast else self.gradient_bytes))
+        last = Memory(workspace=total + cast - self.gradient_bytes)
+        return larger(peak, summed, last)
+
+    def _attend_backward(self, node: Node, op: Attend, group: list[Node]) -> Memory:
+        _, extra = self._mask(node)
+        if op.tile is not None and not self._skips_tiles(op):
+            tiles, copies = self._tiles(node, op, backward=True)
+            q, k, v = (self.graph[a].type for a in node.args)
+            totals = (q.rows.elements_count * q.features + k.rows.elements_count * (k.features + v.features)) * self.acc
+            return Memory(workspace=tiles + totals * self.setting.batch, gathered=copies)
+        rows = sum(n.type.rows.elements_count for n in group) * self.setting.batch
+        value = rows * node.type.features * self.item
+        copied = sum(self._copies(n) for n in group)
+        gathered = copied + (2 * value + rows * self.acc if copied else 0)  # grad, output and LSE are folded, too
+        part = value + rows * self.acc if not self._is_whole(node) else 0  # rows of output and LSE in line
+        return Memory(workspace=extra + part + sum(self._backward_workspace(n) for n in group), gathered=gathered)
+
+    def _is_whole(self, node: Node) -> bool:
+        return not any(isinstance(n.op, Take) for n in self.graph.args(node))
+
+    def _backward_workspace(self, node: Node) -> int:
+        op = node.op
+        assert isinstance(op, Attend)
+        q, k, v = (self.graph[a].type for a in node.args)
+        blocks = prod(q.rows.sizes[:-1]) * self.setting.batch
+        if op.loop is not None:
+            totals = sum(self.graph[a].type.rows.elements_count * self.graph[a].type.features for a in node.args)
+            return self._block(node, op, 4) + totals * self.setting.batch * self.acc
+        if self.kind == "cpu":
+            repeated = blocks * k.rows.length * (k.features + v.features) * self.item
+            shared = k.rows.elements_count < q.rows.elements_count // q.rows.length * k.rows.length
+            buffers = 3 * flash_cpu(q.rows.length, k.rows.length, q.features, self.item, self.acc)
+            return buffers + blocks * q.rows.length * q.features * self.item + shared * repeated
+        rows = blocks * -(-q.rows.length // 128) * 128
+        keys = blocks * -(-k.rows.length // 128) * 128
+        grouped = k.rows.elements_count * q.rows.length < q.rows.elements_count * k.rows.length
+        return rows * (q.features * 4 + 8) + grouped * keys * (k.features + v.features) * 4 + 2**20
+
+    def _plain_training(self) -> Memory:
+        """Return the peak of plain torch under autograd, which saves scores and weights of every attend."""
+        rows = _rows(self.graph) * self.setting.batch * (self.graph.output.type.features + 4) * self.acc
+        held = self.wide + rows * (1 + sum(len(n.args) for n in self.graph if isinstance(n.op, Merge | Mix)))
+        gradients = self.gradient_bytes // self.item * self.acc
+        peak = Memory()
+        for node, op in self.graph.of(Attend):  # the backward frees what an attend saved once it is past it
+            q, k = (self.graph[a].type.rows for a in node.args[:2])
+            scores = q.elements_count * k.length * self.setting.batch * self.acc
+            count = 2 + 2 * (op.softcap is not None) + 2 * (op.dropout > 0)
+            values = sum(value_bytes(n, self.setting) for n in (*self.graph.args(node), node)) // self.item * self.acc
+            held += count * scores + values + self._mask(node)[1]
+            working = 3 * scores + self.masks + gradients
+            peak = larger(peak, Memory(workspace=working, saved=held))
+        return peak
+
+    def _round(self, size: int) -> int:
+        block = BLOCK[self.kind]
+        return -(-size // block) * block
