@@ -8,12 +8,28 @@ from functools import lru_cache
 import attrs
 
 from attnplan.backends import Backend, Schedule, registry
-from attnplan.cost import Device, Prediction, Target, price
+from attnplan.backends.base import import_failure
+from attnplan.cost import Device, Prediction, Target, parameters_for, price
 from attnplan.errors import MemoryBudgetError, NoBackendError, SpecError, did_you_mean
-from attnplan.ir import Graph
+from attnplan.fitting import Way, fit, least
+from attnplan.ir import Attend, Graph, Merge, Mix, Node
 from attnplan.ir.coverage import Coverage, spec_coverage
+from attnplan.ir.slots import slot_condition
 from attnplan.lower import lower
-from attnplan.passes import BlockSparse, Canonicalize, Decompose, FuseMerge, Lattice, Pass, Pipeline, SplitHeads, Step
+from attnplan.passes import (
+    BatchBranches,
+    BlockSparse,
+    Canonicalize,
+    Decompose,
+    FuseMerge,
+    Lattice,
+    Pass,
+    Pipeline,
+    PullMerge,
+    SplitHeads,
+    Step,
+    Views,
+)
 from attnplan.passes.pipeline import Memo
 from attnplan.spec import AttentionSpec
 from attnplan.units import format_bytes
@@ -22,15 +38,20 @@ STRATEGIES: Mapping[str, Pipeline] = {
     "naive": Pipeline(()),
     "dense": Pipeline((Canonicalize(), SplitHeads(), FuseMerge())),
     "lattice": Pipeline((Canonicalize(), SplitHeads(), Lattice(), FuseMerge())),
+    "lattice-views": Pipeline((Canonicalize(), SplitHeads(), Lattice(), Views(), FuseMerge(), PullMerge())),
+    "lattice-batch": Pipeline((Canonicalize(), SplitHeads(), Lattice(), FuseMerge(), PullMerge(), BatchBranches())),
     "blocks": Pipeline((Canonicalize(), SplitHeads(), BlockSparse(), FuseMerge())),
     "decompose": Pipeline((Canonicalize(), SplitHeads(), Decompose(), Lattice(), BlockSparse(), FuseMerge())),
 }
 """Legal pipelines.
 
 ``dense`` attends over whole rows, masked where a kernel does not know the pattern; ``lattice`` takes segments and
-dilation apart; ``blocks`` runs the tiles of the mask that hold pairs, or a band as overlapping chunks; ``decompose``
+dilation apart; ``lattice-views`` and ``lattice-batch`` do so with kernels of our own around those of attention, which
+need Triton: one join writes each row once, and rows are strided views in more launches, or copied for fewer of them;
+``blocks`` run the tiles of the mask that hold pairs, or a band as overlapping chunks; ``decompose``
 cuts set unions into disjoint parts, each of which the others take up; ``naive`` is the lowering itself, which only the
-reference runs. Where a schedule has no tiles, ``block-sparse`` is left out.
+reference runs. Where a schedule has no tiles, ``block-sparse`` is left out; where it has no CUDA kernel, so are
+``views``, ``pull-merge`` and ``batch-branches``.
 """
 
 
@@ -38,19 +59,30 @@ Tiling = tuple[tuple[int, int], int | None]
 """Tile (queries, keys) and chunk of a schedule; without a chunk it runs bands whole."""
 
 
-def pipelines(tiling: Tiling | None) -> dict[str, Pipeline]:
-    """Return the pipelines for a schedule with tiles of this size; without tiles there is no ``blocks``."""
-    sized = {name: Pipeline(tuple(_sized(p.passes, tiling))) for name, p in STRATEGIES.items()}
+Fusing = tuple[str, int]
+"""Layout and batch size of the tensors between which our own kernels gather and join."""
+
+
+def pipelines(tiling: Tiling | None, fusing: Fusing | None = None) -> dict[str, Pipeline]:
+    """Return the pipelines for a schedule with tiles of this size; without tiles there is no ``blocks``.
+
+    Without ``fusing`` there is no strategy that needs kernels of our own.
+    """
+    sized = {name: Pipeline(tuple(_sized(p.passes, tiling, fusing))) for name, p in STRATEGIES.items()}
     first = {pipeline: name for name, pipeline in reversed(sized.items())}
     return {name: pipeline for name, pipeline in sized.items() if first[pipeline] == name}
 
 
-def _sized(passes: tuple[Pass, ...], tiling: Tiling | None) -> Iterator[Pass]:
+def _sized(passes: tuple[Pass, ...], tiling: Tiling | None, fusing: Fusing | None) -> Iterator[Pass]:
     for one in passes:
-        if not isinstance(one, BlockSparse):
+        if isinstance(one, BlockSparse):
+            if tiling is not None:
+                yield BlockSparse(*tiling)
+        elif isinstance(one, Views | BatchBranches):
+            if fusing is not None:
+                yield attrs.evolve(one, layout=fusing[0], batch=fusing[1])
+        elif not isinstance(one, PullMerge) or fusing is not None:
             yield one
-        elif tiling is not None:
-            yield BlockSparse(*tiling)
 
 
 _NONE: Mapping[tuple[str, str, str], str] = {}
@@ -76,11 +108,13 @@ class Candidate:
     schedule: str
     prediction: Prediction | None
     reasons: tuple[str, ...] = ()
+    loop: str = ""
+    """What it is looped over to fit a budget, in words."""
 
     @property
     def name(self) -> str:
         """The candidate as reports write it."""
-        return f"{self.strategy} > {self.backend} ({self.schedule})"
+        return f"{self.strategy} > {self.backend} ({self.schedule}){', ' if self.loop else ''}{self.loop}"
 
 
 @attrs.frozen
@@ -96,13 +130,14 @@ class Found:
 
 
 @lru_cache(maxsize=128)
-def lowerings(spec: AttentionSpec, tiling: Tiling | None = None) -> tuple[Lowered, ...]:
+def lowerings(spec: AttentionSpec, tiling: Tiling | None = None, *, fused: bool = False) -> tuple[Lowered, ...]:
     """Return the spec lowered by each strategy; one that leaves the same graph as an earlier one is named there.
 
-    ``tiling`` is that of the schedule, None if it has no tiles.
+    ``tiling`` is that of the schedule, None if it has no tiles; ``fused`` says whether our own kernels may stand around
+    its kernel.
     """
     found: list[Lowered] = []
-    for name, pipeline in pipelines(tiling).items():
+    for name, pipeline in pipelines(tiling, (spec.layout, spec.batch) if fused else None).items():
         graph, steps = pipeline.run(*_start(spec), _memo(spec))
         same = [i for i, other in enumerate(found) if graph == other.graph and other.strategy != "naive"]
         if same:
@@ -140,11 +175,13 @@ def search(
     *,
     deterministic: bool = False,
     failed: Mapping[tuple[str, str, str], str] = _NONE,
+    loops: bool = True,
 ) -> Found:
     """Price every candidate and return the cheapest.
 
     With ``deterministic`` only schedules that repeat bit for bit are candidates; what ``failed`` in a call is none,
-    for the reason given there.
+    for the reason given there. Without ``loops`` nothing is cut into pieces to meet the budget, which takes seconds to
+    find out where nothing meets it.
 
     Raises
     ------
@@ -162,9 +199,11 @@ def search(
     options = list(_options(spec, target, backend, strategy, deterministic=deterministic, failed=failed))
     budget = target.device.memory if max_memory is None else max_memory
     fitting = [o for o in options if o[3].prediction and o[3].prediction.peak_bytes <= budget]
+    if loops and (max_memory is not None or not fitting):
+        fitting += _fitted(spec, target, options, budget)
     refused = [_over_budget(o[3], budget, max_memory) for o in options if o not in fitting]
     if not fitting:
-        raise _nothing_fits(spec, target, [o[3] for o in options], refused, max_memory)
+        raise _nothing_fits(spec, target, options, refused, max_memory, loops=loops)
     fitting.sort(key=lambda o: o[3].prediction.seconds if o[3].prediction else 0.0)
     lowered, chosen_backend, schedule, candidate = fitting[0]
     return Found(lowered, candidate, chosen_backend, schedule, (*(o[3] for o in fitting), *refused))
@@ -209,7 +248,8 @@ def _options(
         for candidate_backend in registry().backends.values():
             if candidate_backend.naive == (name == "naive"):
                 for schedule in candidate_backend.schedules(target.device):
-                    lowered = {x.strategy: x for x in lowerings(spec, schedule.tiling)}.get(name)
+                    tiling = schedule.tiling(spec.training)
+                    lowered = {x.strategy: x for x in lowerings(spec, tiling, fused=schedule.fused)}.get(name)
                     if lowered is not None:
                         if strategy in lowered.also:
                             lowered = attrs.evolve(lowered, strategy=strategy)
@@ -235,12 +275,56 @@ def _option(
     pins: tuple[str, str],
     more: Sequence[str] = (),
 ) -> Option:
-    reasons = [*backend.missing(schedule, target), *more]
+    reasons = [*backend.missing(schedule, target), *fusion_missing(lowered.graph, target), *more]
     reasons += _pinned(lowered.strategy, backend.name, backend, *pins)
     reasons += backend.refuse(lowered.graph, spec, schedule, target.device)
-    prediction = None if reasons else price(lowered.graph, spec, schedule.kernel, target.device)
+    prediction = None if reasons else price(lowered.graph, spec, schedule.priced, target.device, parameters_for(target))
     candidate = Candidate(lowered.strategy, backend.name, schedule.name, prediction, tuple(reasons))
     return lowered, backend, schedule, candidate
+
+
+def _way(spec: AttentionSpec, target: Target, backend: Backend, schedule: Schedule) -> Way:
+    def price_it(graph: Graph) -> Prediction:
+        return price(graph, spec, schedule.priced, target.device, parameters_for(target))
+
+    def accepts(graph: Graph) -> bool:
+        return not backend.refuse(graph, spec, schedule, target.device)
+
+    return Way(spec, schedule.priced, target.device.kind, price_it, accepts)
+
+
+def _fitted(spec: AttentionSpec, target: Target, options: Sequence[Option], budget: int) -> list[Option]:
+    """Return a loop that fits for each option that does not fit and is faster than all that do."""
+    predictions = [o[3].prediction for o in options if o[3].prediction]
+    best = min((p.seconds for p in predictions if p.peak_bytes <= budget), default=float("inf"))
+    found: list[Option] = []
+    over = [o for o in options if o[3].prediction and o[3].prediction.peak_bytes > budget]
+    hopeless: set[_Kind] = set()
+    for lowered, backend, schedule, candidate in sorted(over, key=lambda o: o[3].prediction.seconds):  # type: ignore[union-attr]
+        assert candidate.prediction is not None
+        if candidate.prediction.seconds >= best:  # a loop makes nothing faster
+            break
+        if _memory_kind(lowered, schedule) in hopeless:
+            continue
+        fitted = fit(lowered.graph, _way(spec, target, backend, schedule), budget, spec_coverage(spec))
+        if fitted is None:
+            hopeless.add(_memory_kind(lowered, schedule))
+        else:
+            looped = attrs.evolve(lowered, graph=fitted.graph, steps=(*lowered.steps, *fitted.steps))
+            chosen = attrs.evolve(candidate, prediction=fitted.prediction, loop=fitted.title)
+            found.append((looped, backend, schedule, chosen))
+            best = min(best, fitted.prediction.seconds)
+    return found
+
+
+def fusion_missing(graph: Graph, target: Target) -> Iterator[str]:
+    """Yield why this machine cannot run the kernels of our own that a graph asks for."""
+    joins = [n.op for n in graph if isinstance(n.op, Merge | Mix)]
+    if target.torch_device is None or target.device.kind != "cuda" or not any(op.pull for op in joins):
+        return
+    failure = import_failure("triton")
+    if failure is not None:
+        yield f"its joins are Triton kernels, and import of triton failed: {failure}"
 
 
 def _pinned(has_strategy: str, name: str, candidate: Backend, backend: str, strategy: str) -> Iterator[str]:
@@ -266,12 +350,47 @@ def _over_budget(candidate: Candidate, budget: int, max_memory: int | None) -> C
     return attrs.evolve(candidate, reasons=(f"needs {need} beside inputs and output, more than {limit}",))
 
 
+def _masked(graph: Graph) -> bool:
+    """Return whether kernels that know other conditions need other memory for a graph."""
+
+    def needs_mask(node: Node, op: Attend) -> bool:
+        q, k = (n.type.rows for n in graph.args(node)[:2])
+        return op.tile is not None or slot_condition(op, q, k) == "mask"
+
+    return any(needs_mask(node, op) for node, op in graph.of(Attend))
+
+
+_Kind = tuple[Graph, bool, int, frozenset[str]]
+"""What the memory of a candidate depends on."""
+
+
+def _memory_kind(lowered: Lowered, schedule: Schedule) -> _Kind:
+    kernel = schedule.kernel
+    known = kernel.native if _masked(lowered.graph) else frozenset[str]()
+    return lowered.graph, kernel.materialises, kernel.partials, known
+
+
 def _nothing_fits(
-    spec: AttentionSpec, target: Target, options: list[Candidate], refused: list[Candidate], max_memory: int | None
+    spec: AttentionSpec,
+    target: Target,
+    options: Sequence[Option],
+    refused: list[Candidate],
+    max_memory: int | None,
+    *,
+    loops: bool,
 ) -> Exception:
-    priced = [(c.prediction.peak_bytes, c.name) for c in options if c.prediction]
+    priced = [(c.prediction.peak_bytes, c.name) for _, _, _, c in options if c.prediction]
     if priced:
         need, name = min(priced)
+        seen: set[_Kind] = set()
+        for of, backend, schedule, candidate in options if loops else ():
+            alike = _memory_kind(of, schedule)
+            if candidate.prediction is None or alike in seen:
+                continue
+            found = least(of.graph, _way(spec, target, backend, schedule))
+            seen.add(alike)
+            if found and found[0] < need:
+                need, name = found[0], attrs.evolve(candidate, loop=found[1]).name
         what = f"the smallest plan, {name}, needs {format_bytes(need)} beside its inputs and output"
         smaller = "try a smaller batch" if spec.batch > 1 else "try a shorter sequence"
         if max_memory is None:

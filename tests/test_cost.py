@@ -14,7 +14,7 @@ from attnplan import patterns as P
 from attnplan.backends import registry
 from attnplan.cost import Cost, KernelModel, catalogue, price, resolve
 from attnplan.cost.device import local_cpu
-from attnplan.cost.model import peak_bytes
+from attnplan.cost.memory import peak_bytes
 from attnplan.cost.rules import RULES, Setting, backward_cost, forward_cost
 from attnplan.errors import PassError, SpecError
 from attnplan.ir import Input, Op
@@ -137,11 +137,12 @@ def test_predictions_are_sane_for_any_spec(spec):
     for lowered in lowerings(spec):
         for kernel in (KERNEL, KernelModel(0.3, skips_causal=False, materialises=True, tile=1)):
             found = price(lowered.graph, spec, kernel, catalogue()["cpu-2core"])
-            assert found.seconds == pytest.approx(sum(op.seconds for op in found.ops))
+            assert found.seconds > sum(op.seconds for op in found.ops), "a call takes longer than its ops"
             assert len(found.ops) == len(lowered.graph)
             assert found.peak_bytes >= 0
             assert all(0 <= op.roofline <= 1 for op in found.ops)
-            assert all(op.seconds >= op.cost.launches * 6e-6 for op in found.ops)
+            assert all(op.seconds >= op.host >= 0 for op in found.ops), "on a CPU the host computes"
+            assert found.host >= sum(op.host for op in found.ops)
             assert all((op.seconds > 0) == (op.cost != Cost()) for op in found.ops)
 
 

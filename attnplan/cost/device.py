@@ -36,6 +36,8 @@ class Device:
     """CUDA compute capability."""
     match: tuple[str, ...] = ()
     """Parts of the product name by which the device is recognised."""
+    units: int = 1
+    """Streaming multiprocessors, or cores."""
 
     @property
     def launch(self) -> float:
@@ -61,10 +63,111 @@ class Target:
 
 
 @lru_cache(maxsize=1)
-def catalogue() -> Mapping[str, Device]:
-    """Return the known devices by name."""
+def _built_in() -> Mapping[str, Device]:
     text = resources.files("attnplan.cost").joinpath("devices.toml").read_text(encoding="utf-8")
     return {name: _from_table(name, table) for name, table in tomllib.loads(text).items()}
+
+
+def catalogue() -> Mapping[str, Device]:
+    """Return the known devices by name: those of the package, and those of the user's file.
+
+    The file is ``$ATTNPLAN_DEVICES``, or ``attnplan/devices.toml`` among the user's settings. It has a table for each
+    device: ``title``, ``kind`` (``"cpu"`` or ``"cuda"``), ``tflops`` by dtype, ``bandwidth`` in GB/s, ``memory`` in
+    GiB, ``units`` (streaming multiprocessors or cores) and ``source``; for CUDA ``capability``, and if it is to be
+    recognised on a machine ``match``. A name of the package's is replaced.
+
+    Raises
+    ------
+    SpecError
+        If the file cannot be read, or a figure is missing, unknown or not positive.
+    """
+    path = devices_file()
+    try:
+        written = path.stat().st_mtime_ns
+    except OSError as error:
+        if "ATTNPLAN_DEVICES" in os.environ:
+            raise SpecError(f"cannot read the device file {path}: {error.strerror}") from None
+        return _built_in()
+    return {**_built_in(), **_users(path, written)}
+
+
+def devices_file() -> Path:
+    """Return where the user's file of devices is looked for."""
+    given = os.environ.get("ATTNPLAN_DEVICES")
+    if given:
+        return Path(given)
+    settings = os.environ.get("XDG_CONFIG_HOME")
+    return (Path(settings) if settings else Path.home() / ".config") / "attnplan" / "devices.toml"
+
+
+@lru_cache(maxsize=8)
+def _users(path: Path, written: int) -> Mapping[str, Device]:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"cannot read the device file {path}: {error.strerror}") from None
+    except ValueError as error:  # no UTF-8, no TOML
+        raise SpecError(f"the device file {path} is no TOML: {error}") from None
+    for name, table in tables.items():
+        _check_table(f"device {name!r} in {path}", name, table)
+    return {name: _from_table(name, table) for name, table in tables.items()}
+
+
+_FIGURES = ("bandwidth", "memory", "units")
+_TEXTS = ("title", "source")
+_OPTIONAL = ("capability", "match")
+_RATES = ("float64", "float32", "tf32", "float16", "bfloat16")
+
+
+def _check_table(what: str, name: str, table: Any) -> None:
+    """Refuse a table of the user's file that says too little, or something impossible."""
+    if name != name.lower() or name in ("auto", "cpu", "cuda"):
+        raise SpecError(f"{what}: a name is in lower case, and none of auto, cpu, cuda")
+    if not isinstance(table, dict):
+        raise SpecError(f"{what} must be a table, got {table!r}")
+    known = (*_TEXTS, "kind", "tflops", *_FIGURES, *_OPTIONAL)
+    for key in table:
+        if key not in known:
+            raise SpecError(f"{what}: unknown figure {key!r}{did_you_mean(key, known)}")
+    missing = [key for key in known if key not in table and key not in _OPTIONAL]
+    if missing:
+        raise SpecError(f"{what} lacks {', '.join(missing)}")
+    for key in _TEXTS:
+        if not isinstance(table[key], str) or not table[key]:
+            raise SpecError(f"{what}: {key} must be text, got {table[key]!r}")
+    if table["kind"] not in ("cpu", "cuda"):
+        raise SpecError(f'{what}: kind must be "cpu" or "cuda", got {table["kind"]!r}')
+    _check_figures(what, table)
+    _check_recognition(what, table)
+
+
+def _check_figures(what: str, table: dict[str, Any]) -> None:
+    for key in _FIGURES:
+        _check_positive(f"{what}: {key}", table[key])
+    rates = table["tflops"]
+    if not isinstance(rates, dict) or "float32" not in rates:
+        raise SpecError(f"{what}: tflops must be a table by dtype that has float32, got {rates!r}")
+    for dtype, rate in rates.items():
+        if dtype not in _RATES:
+            raise SpecError(f"{what}: unknown dtype {dtype!r} in tflops{did_you_mean(dtype, _RATES)}")
+        _check_positive(f"{what}: tflops of {dtype}", rate)
+
+
+def _check_positive(what: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise SpecError(f"{what} must be a positive number, got {value!r}")
+
+
+def _check_recognition(what: str, table: dict[str, Any]) -> None:
+    capability, match = table.get("capability"), table.get("match", [])
+    if (table["kind"] == "cuda") != (capability is not None):
+        raise SpecError(f"{what}: a cuda device has a capability such as [9, 0], a cpu none; got {capability!r}")
+    if capability is not None and not (
+        isinstance(capability, list) and len(capability) == 2 and all(isinstance(n, int) and n >= 0 for n in capability)
+    ):
+        raise SpecError(f"{what}: capability must be two numbers such as [9, 0], got {capability!r}")
+    if not isinstance(match, list) or not all(isinstance(part, str) and part for part in match):
+        raise SpecError(f"{what}: match must be a list of parts of the product's name, got {match!r}")
 
 
 def _from_table(name: str, table: dict[str, Any]) -> Device:
@@ -79,6 +182,7 @@ def _from_table(name: str, table: dict[str, Any]) -> Device:
         source=table["source"],
         capability=None if capability is None else (capability[0], capability[1]),
         match=tuple(table.get("match", ())),
+        units=int(table["units"]),
     )
 
 
@@ -133,6 +237,7 @@ def local_cpu() -> Device:
         flops={"float64": peak / 2, "float32": peak, "bfloat16": peak, "float16": peak},
         bandwidth=12.5e9 * cores,
         memory=_memory_bytes(),
+        units=cores,
         source=f"{cores} cores x {hertz / 1e9:.2f} GHz x {per_cycle} float32 operations a cycle, from the CPU's flags",
     )
 
@@ -187,14 +292,16 @@ def _local_cuda(name: str) -> Target:
     here = f"cuda:{index}"
     for device in catalogue().values():
         if any(part in properties.name for part in device.match):
-            return Target(attrs.evolve(device, memory=properties.total_memory), here)
+            memory, units = properties.total_memory, properties.multi_processor_count
+            return Target(attrs.evolve(device, memory=memory, units=units), here)
     capability = (properties.major, properties.minor)
     like = max(
         (d for d in catalogue().values() if d.capability is not None and d.capability <= capability),
         key=lambda d: d.capability or (0, 0),
         default=catalogue()["gtx1080"],
     )
-    changes: dict[str, Any] = {"title": properties.name, "capability": capability, "memory": properties.total_memory}
+    changes: dict[str, Any] = {"title": properties.name, "capability": capability, "memory": properties.total_memory,
+                               "units": properties.multi_processor_count}  # fmt: skip
     return Target(
         attrs.evolve(like, **changes), here, f"{properties.name} is not in the catalogue: priced as {like.name}"
     )

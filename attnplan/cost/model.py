@@ -1,24 +1,62 @@
-"""From costs to predicted time and peak memory: a roofline per op, liveness over the schedule."""
+"""From costs to predicted time and peak memory: a roofline per op with each kernel's own curve.
+
+A call takes the longer of what the device needs and, on a GPU, what the host needs to start it all. An attention
+kernel's time is the makespan of its blocks of threads over the device's units: blocks of like length come in waves, of
+which the last may be incomplete; blocks of unlike length are started longest first, and none ends after the longest
+plus its fair share.
+
+References
+----------
+Williams et al., Roofline, CACM 2009; Graham, Bounds on multiprocessing timing anomalies, 1969.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache, partial
+from math import ceil
 
 import attrs
 
 from attnplan.cost.device import Device
+from attnplan.cost.looped import is_piecewise, piecewise_seconds
+from attnplan.cost.memory import Memory, peak_memory
+from attnplan.cost.parameters import Curve, KernelParameters, Parameters, defaults
 from attnplan.cost.rules import (
+    FREE,
     Cost,
     KernelModel,
     Setting,
+    Work,
+    attend_work,
     backward_cost,
     forward_cost,
-    mask_bytes,
-    value_bytes,
 )
-from attnplan.ir import Attend, Graph, Merge, Mix, Node
+from attnplan.ir import Attend, Graph, Node
+from attnplan.ir.slots import slot_condition
 from attnplan.spec import AttentionSpec
 
 EXPS_PER_FLOP = {"cpu": 1 / 16, "cuda": 1 / 64}
 """Exponentials that the device computes in the time of one floating-point operation of its matrix units."""
+SPLIT = 256
+"""Keys that a kernel which splits them leaves in one piece."""
+
+
+@attrs.frozen
+class Load:
+    """What one node asks of a device, forward and, where it is trained, backward."""
+
+    node: int
+    kind: str
+    """Name of the op."""
+    forward: Cost
+    backward: Cost
+    work: Work | None
+    """The attention kernel's part; None for what runs as plain operators."""
+    shared: bool
+    """Whether another node stands for the launch that this one is part of."""
+    own: bool = False
+    """Whether it is a kernel of our own: rows gathered for a launch of several attends, or a join that pulls."""
 
 
 @attrs.frozen
@@ -32,6 +70,8 @@ class OpCost:
     """``"compute"``, ``"memory"`` or ``"launch"``: what takes the longest."""
     roofline: float
     """Ideal time at the device's peak over predicted time, from 0 to 1."""
+    host: float = 0.0
+    """Seconds for which it keeps the host busy."""
 
 
 @attrs.frozen
@@ -43,68 +83,157 @@ class Prediction:
     peak_bytes: int
     """Memory beside inputs and output at the worst moment."""
     ops: tuple[OpCost, ...] = attrs.field(repr=False)
+    host: float = 0.0
+    """Seconds of the host. On a GPU the device works meanwhile, and a call takes the longer of the two."""
+    basis: str = "data sheet"
+    """Where the numbers come from: ``"data sheet"``, ``"calibrated"`` or ``"calibrated elsewhere"``."""
+    note: str = ""
+    """What is odd about the calibration."""
+    memory: Memory = attrs.field(factory=Memory)
+    """What :attr:`peak_bytes` consists of."""
 
 
-def price(graph: Graph, spec: AttentionSpec, kernel: KernelModel, device: Device) -> Prediction:
-    """Predict the time and peak memory of a graph run with one kernel on one device."""
+def price(
+    graph: Graph, spec: AttentionSpec, kernel: KernelModel, device: Device, parameters: Parameters | None = None
+) -> Prediction:
+    """Predict the time and peak memory of a graph run with one kernel on one device.
+
+    Parameters
+    ----------
+    graph, spec, kernel, device
+        What runs, and where.
+    parameters
+        What is known about kernels; the default is what publications say.
+    """
+    table = defaults(device.kind) if parameters is None else parameters
+    same = attrs.evolve(kernel, key="", efficiency=1.0)
+    if _is_plain(graph):
+        same = attrs.evolve(same, native=frozenset(), masks=True)
+    found_loads, memory = demands(graph, spec, same, device.kind)
+    ops, seconds, host = timed(found_loads, spec, kernel, device, table)
+    found = Prediction(seconds, memory.total, ops, host, table.basis, table.note, memory)
+    if is_piecewise(graph):
+        each = partial(price, kernel=kernel, device=device, parameters=table)
+        seconds, host = piecewise_seconds(graph, spec, device, each)
+        found = attrs.evolve(found, seconds=seconds, host=host)
+    return found
+
+
+@lru_cache(maxsize=256)
+def _is_plain(graph: Graph) -> bool:
+    """Return whether no attend asks a kernel for more than all of them know: whole or causal rows."""
+    return all(
+        op.tile is None
+        and op.softcap is None
+        and not op.biases
+        and slot_condition(op, *(n.type.rows for n in graph.args(node)[:2])) != "mask"
+        for node, op in graph.of(Attend)
+    )
+
+
+@lru_cache(maxsize=256)
+def demands(graph: Graph, spec: AttentionSpec, kernel: KernelModel, kind: str) -> tuple[tuple[Load, ...], Memory]:
+    """Return what a graph asks of a kind of device: the same for kernels that differ in their speed only."""
     setting = Setting.of(graph, spec, kernel)
-    ops = tuple(_price_node(node, setting, device) for node in graph)
-    return Prediction(sum(op.seconds for op in ops), peak_bytes(graph, setting), ops)
+    return loads(setting), peak_memory(graph, setting, kind)
 
 
-def _price_node(node: Node, setting: Setting, device: Device) -> OpCost:
-    cost = forward_cost(node, setting)
-    if setting.spec.training:
-        cost = cost + backward_cost(node, setting)
-    peak = device.rate(setting.spec.dtype, setting.spec.precision) or device.rate("float32")
-    flop_seconds, byte_seconds = cost.flops / peak, cost.bytes / device.bandwidth
-    exp_seconds = cost.exps / (peak * EXPS_PER_FLOP[device.kind])
-    efficiency = setting.kernel.efficiency * _fill(node, setting, device)
-    compute = max(flop_seconds / efficiency, exp_seconds)
-    launch = cost.launches * device.launch
-    copying = cost.copied / device.bandwidth
-    bound = max((compute, "compute"), (byte_seconds + copying, "memory"), (launch, "launch"))[1]
-    seconds = max(compute, byte_seconds) + launch + copying
-    ideal = max(flop_seconds, byte_seconds)
-    return OpCost(node.id, cost, seconds, bound, ideal / seconds if seconds else 0.0)
+def loads(setting: Setting) -> tuple[Load, ...]:
+    """Return what each node of a graph asks of a device."""
+    return tuple(_load(node, setting) for node in setting.graph)
 
 
-def _fill(node: Node, setting: Setting, device: Device) -> float:
-    """Return how far short rows and few blocks leave the device's units idle, from 0 to 1."""
-    if not isinstance(node.op, Attend):
-        return 1.0
-    rows = setting.graph[node.args[1]].type.rows.length
-    return rows / (rows + (24 if device.kind == "cpu" else 256))
+def _load(node: Node, setting: Setting) -> Load:
+    backward = backward_cost(node, setting) if setting.spec.training else FREE
+    fused = isinstance(node.op, Attend) and not setting.kernel.materialises
+    work = attend_work(node, setting) if fused else None
+    own = getattr(node.op, "pull", False) or node.id in setting.gathered
+    return Load(node.id, node.op.name, forward_cost(node, setting), backward, work, node.id in setting.together, own)
 
 
-def peak_bytes(graph: Graph, setting: Setting) -> int:
-    """Return the most memory that is live at one moment, inputs and the output itself left out."""
-    last_use = {arg: node.id for node in graph for arg in node.args}
-    live: dict[int, int] = {}
-    peak = kept = 0
-    for node in graph:
-        transient = 0
-        if isinstance(node.op, Attend):
-            kept += mask_bytes(node, setting)  # static masks stay with the plan; counted for all
-            transient = sum(value_bytes(graph[a], setting) for a in node.args if a in setting.copied)
-            transient += _scores_bytes(graph, node, setting)
-            live[node.id] = value_bytes(node, setting)
-        elif isinstance(node.op, Merge | Mix):
-            rows = node.type.rows.elements_count * setting.batch
-            live[node.id] = rows * (node.type.features + 1) * setting.accumulator
-        peak = max(peak, kept + transient + sum(live.values()))
-        live = {n: size for n, size in live.items() if last_use.get(n, len(graph)) > node.id}
-    return max(0, peak - _output_bytes(graph, setting))
+def timed(
+    found: Iterable[Load], spec: AttentionSpec, kernel: KernelModel, device: Device, table: Parameters
+) -> tuple[tuple[OpCost, ...], float, float]:
+    """Return the cost of each op, the seconds of a call, and those of the host."""
+    clock = _Clock(spec, kernel, device, table)
+    ops = tuple(clock.op(load) for load in found)
+    host = clock.kernel.call + sum(op.host for op in ops) + (clock.kernel.backward_call if spec.training else 0.0)
+    on_device = sum(op.seconds for op in ops)
+    if device.kind == "cpu":  # the host is the device
+        return ops, on_device + host - sum(op.host for op in ops), host
+    return ops, max(on_device, host) + table.exposed * min(on_device, host), host
 
 
-def _scores_bytes(graph: Graph, node: Node, setting: Setting) -> int:
-    if not setting.kernel.materialises:
-        return 0
-    rows, keys = (graph[a].type.rows for a in node.args[:2])
-    return 3 * rows.elements_count * keys.length * setting.batch * setting.accumulator
+class _Clock:
+    """Turns the loads of one call into seconds."""
 
+    def __init__(self, spec: AttentionSpec, kernel: KernelModel, device: Device, table: Parameters) -> None:
+        self.device, self.table = device, table
+        self.peak = device.rate(spec.dtype, spec.precision) or device.rate("float32")
+        self.kernel: KernelParameters = table.kernel(kernel.key, kernel.efficiency)
+        self.materialises = kernel.materialises
 
-def _output_bytes(graph: Graph, setting: Setting) -> int:
-    """Return the output's bytes, if the last op writes the output itself and no copy of it."""
-    rows = graph.output.type.rows.elements_count * setting.batch
-    return rows * graph.output.type.features * setting.item
+    def op(self, load: Load) -> OpCost:
+        if load.forward is FREE and load.backward is FREE:
+            return OpCost(load.node, FREE, 0.0, "launch", 0.0)
+        cost = load.forward + load.backward
+        forward = self._device(load, load.forward, self.kernel.forward, self.kernel.causal, 1.0)
+        host = self._host(load, load.forward, self.kernel.host)
+        parts = [forward]
+        if load.backward is not FREE:
+            parts.append(self._device(load, load.backward, self.kernel.backward, self.kernel.causal_backward, 2.5))
+            host += self._host(load, load.backward, self.kernel.backward_host)
+        compute, memory, start = (sum(p[i] for p in parts) for i in range(3))
+        if self.device.kind == "cpu":
+            start += host
+        seconds = sum(max(p[0], p[1]) + p[2] for p in parts) + (host if self.device.kind == "cpu" else 0.0)
+        bound = max((compute, "compute"), (memory, "memory"), (start, "launch"))[1]
+        ideal = max(cost.flops / self.peak, cost.bytes / self.device.bandwidth)
+        return OpCost(load.node, cost, seconds, bound, min(1.0, ideal / seconds) if seconds else 0.0, host)
+
+    def _host(self, load: Load, cost: Cost, own: float) -> float:
+        if load.shared or not cost.launches:
+            return 0.0
+        if load.kind != "attend":
+            return cost.launches * (self.table.fused if load.own else self.table.operator)
+        return own + (cost.launches - 1) * self.table.operator
+
+    def _device(self, load: Load, cost: Cost, curve: Curve, causal: float, factor: float) -> tuple[float, float, float]:
+        """Return the seconds of the arithmetic, of the memory, and of starting kernels."""
+        bandwidth, table = self.device.bandwidth, self.table
+        start = 0.0 if load.shared else cost.launches * table.start
+        copied = cost.copied / (bandwidth * table.gather)
+        exps = cost.exps / (self.peak * EXPS_PER_FLOP[self.device.kind])
+        if load.kind == "attend":
+            if load.work is None:
+                rate = self.peak * curve.at(128)[0]
+                return max(cost.flops / rate, exps), cost.bytes / (bandwidth * table.join), start + copied
+            busy, compute = self._makespan(load.work, curve, causal, factor)
+            memory = cost.bytes / (bandwidth * table.memory * busy)
+            return max(compute, exps), memory, start + copied
+        share = table.copy if load.kind in ("take", "input") else table.join
+        return exps, cost.bytes / (bandwidth * share), start + copied
+
+    def _makespan(self, work: Work, curve: Curve, causal: float, factor: float) -> tuple[float, float]:
+        """Return the share of the device's units that work, and the seconds until the last is done.
+
+        ``factor`` is how many times the arithmetic of the forward is done.
+        """
+        units = self.device.units
+        peak, half = curve.at(work.features)
+        rate = self.peak * peak / units * (1.0 if work.even else causal) * (self.kernel.masked if work.masked else 1.0)
+        tile = min(self.kernel.tile, work.rows) if self.device.kind == "cpu" else self.kernel.tile
+        blocks = max(1.0, work.blocks * ceil(work.rows / tile))
+        pairs = max(1.0, work.blocks * work.rows * work.keys)
+        each = factor * work.flops / pairs * tile / rate  # of one block of threads, for each key that it visits
+        mean, longest = (work.keys + half) * each, (work.longest + half) * each
+        if self.kernel.splits and blocks < units and work.keys > SPLIT:
+            pieces = min(units // blocks, ceil(work.keys / SPLIT))
+            blocks, mean, longest = blocks * pieces, (work.keys / pieces + half) * each, longest / pieces
+        load = blocks / units
+        if work.even:
+            waited = self.table.quantum * (ceil(load) - load)  # of the last wave
+            seconds = mean * max(1.0, load + waited)
+        else:
+            seconds = max(longest, mean * load + 0.5 * self.table.quantum * mean)
+        return min(1.0, load), seconds

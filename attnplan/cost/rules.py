@@ -7,11 +7,12 @@ from math import prod
 
 import attrs
 
-from attnplan.cost.tiles import attend_tiles
+from attnplan.cost.tiles import DOCUMENTS, attend_tiles
 from attnplan.errors import PassError
-from attnplan.ir import Attend, Graph, Input, Merge, Mix, Node, Op, Output, RowMap, Take
-from attnplan.ir.launch import fold
-from attnplan.ir.native import Window, lowered
+from attnplan.ir import Attend, Graph, Input, Merge, Mix, Node, Op, Output, Receive, RowMap, Take
+from attnplan.ir.launch import fold, launches
+from attnplan.ir.native import EVERYTHING, Window, lowered
+from attnplan.ir.ops import disjoint
 from attnplan.ir.slots import mask_rows, slot_condition
 from attnplan.spec import AttentionSpec
 
@@ -36,7 +37,18 @@ class Cost:
     """Bytes moved by operators before and after the kernel, which no arithmetic hides."""
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(attrs.astuple(self), attrs.astuple(other), strict=True)))
+        return Cost(
+            self.flops + other.flops,
+            self.exps + other.exps,
+            self.bytes + other.bytes,
+            self.comm_bytes + other.comm_bytes,
+            self.launches + other.launches,
+            self.copied + other.copied,
+        )
+
+
+FREE = Cost()
+"""What costs nothing."""
 
 
 @attrs.frozen
@@ -57,6 +69,37 @@ class KernelModel:
     """Whether the kernel takes an arbitrary mask."""
     native: frozenset[str] = frozenset()
     """What the kernel does by itself, in the words of :mod:`attnplan.ir.native`."""
+    skips: bool = False
+    """Whether it skips the tiles without a pair by itself, whatever says which pairs meet."""
+    key: str = ""
+    """Its name in the table of :mod:`attnplan.cost.parameters`; a kernel without one runs at :attr:`efficiency`."""
+    partials: int = 1
+    """Pieces into which it cuts the keys of every row, each with a partial result in memory."""
+
+
+@attrs.frozen
+class Work:
+    """What one launch of a fused kernel computes: as many blocks of rows as heads and batch elements have."""
+
+    blocks: float
+    """Heads times batch elements."""
+    rows: int
+    """Query rows of one of them."""
+    keys: float
+    """Keys that a row visits on average, in whole tiles."""
+    longest: float
+    """Keys that the rows with the most of them visit."""
+    features: int
+    """Features of q or of v, whichever has more."""
+    flops: float
+    """Floating-point operations of the launch, forward."""
+    masked: bool = False
+    """Whether a mask in memory, or a table of tiles, says which pairs meet."""
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows visit as many keys."""
+        return self.longest <= 1.02 * self.keys
 
 
 @attrs.frozen
@@ -68,11 +111,16 @@ class Setting:
     graph: Graph
     copied: frozenset[int]
     """The takes that are copies."""
+    together: frozenset[int] = frozenset()
+    """The nodes that start no kernel of their own, because an earlier one of their launch has started it."""
+
+    gathered: frozenset[int] = frozenset()
+    """The takes whose rows one kernel of our own gathers for a launch."""
 
     @classmethod
     def of(cls, graph: Graph, spec: AttentionSpec, kernel: KernelModel) -> Setting:
         """Return the setting in which ``graph`` is priced."""
-        return cls(spec, kernel, graph, copied_takes(graph, spec))
+        return cls(spec, kernel, graph, copied_takes(graph, spec), _together(graph), _gathered(graph))
 
     @property
     def batch(self) -> int:
@@ -100,6 +148,10 @@ def mask_bytes(node: Node, setting: Setting) -> int:
     """Return the bytes of the masks that an attend needs: boolean, and added to scores in the dtype of q."""
     op, (q, k) = node.op, (setting.graph[a].type.rows for a in node.args[:2])
     assert isinstance(op, Attend)
+    if op.biases:  # what the operands make, and what is added to scores
+        return 2 * setting.batch * prod(q.sizes) * k.length * setting.accumulator
+    if setting.kernel.skips and not op.biases:
+        return attend_tiles(with_tiles(op, setting.kernel), q, k, setting.spec) * 8 if _needs_mask(node, setting) else 0
     if op.tile is not None:  # the table, and the masks of one batch of tiles
         return attend_tiles(op, q, k, setting.spec) * 40 + 2**20
     if slot_condition(op, q, k) != "mask" or lowered(setting.graph, node, setting.kernel.native) is not None:
@@ -112,18 +164,46 @@ def mask_bytes(node: Node, setting: Setting) -> int:
     return batch * repeats * q.length * k.length * (1 + setting.item)
 
 
+def with_tiles(op: Attend, kernel: KernelModel) -> Attend:
+    """Return an attend over the tiles that a kernel skips or runs."""
+    return op if op.tile is not None else attrs.evolve(op, tile=(kernel.tile, kernel.tile))
+
+
+def _needs_mask(node: Node, setting: Setting) -> bool:
+    q, k = (setting.graph[a].type.rows for a in node.args[:2])
+    assert isinstance(node.op, Attend)
+    return slot_condition(node.op, q, k) != "full"
+
+
 def copied_takes(graph: Graph, spec: AttentionSpec) -> frozenset[int]:
     """Return the takes that have to be copied, because a kernel's four dimensions cannot express them by strides."""
     copied: set[int] = set()
-    for node, _ in graph.of(Attend):
+    for node, op in graph.of(Attend):
         takes = [a for a in node.args if isinstance(graph[a].op, Take)]
         if not takes:
             continue
+        if op.launch is not None:
+            copied.update(takes)
+            continue
         sizes = (spec.batch, *(a.size for a in graph[node.args[0]].type.rows.batch))
         strides = [_strides(graph[a].type.rows, graph[a].type.tensor, spec) for a in node.args]
-        if fold(sizes, strides).copies:
+        if op.launch is not None or fold(sizes, strides).copies:
             copied.update(takes)
     return frozenset(copied)
+
+
+def _together(graph: Graph) -> frozenset[int]:
+    """Return the attends of each launch but its first, and the takes of each but one: one kernel gathers them all."""
+    found: set[int] = set()
+    for nodes in launches(graph).values():
+        found.update(n.id for n in nodes[1:])
+        found.update([a for n in nodes for a in n.args][1:])
+    return frozenset(found)
+
+
+def _gathered(graph: Graph) -> frozenset[int]:
+    """Return the takes whose rows are gathered for a launch."""
+    return frozenset(a for nodes in launches(graph).values() for n in nodes for a in n.args)
 
 
 def _strides(rows: RowMap, tensor: str, spec: AttentionSpec) -> list[int]:
@@ -137,41 +217,81 @@ def _strides(rows: RowMap, tensor: str, spec: AttentionSpec) -> list[int]:
 
 
 def _free(node: Node, setting: Setting) -> Cost:
-    return Cost()
+    return FREE
 
 
 def _take(node: Node, setting: Setting) -> Cost:
+    """Price the rows that a kernel cannot read where they stand: attends of one launch share one copy of theirs."""
     if node.id not in setting.copied:
-        return Cost()
-    return Cost(bytes=2 * value_bytes(node, setting), launches=1)
+        return FREE
+    return Cost(bytes=2 * value_bytes(node, setting), launches=0 if node.id in setting.together else 1)
+
+
+def _receive(node: Node, setting: Setting) -> Cost:
+    """Price a collective: what peers send crosses a link once, and the store is written once."""
+    op = node.op
+    assert isinstance(op, Receive)
+    sent = sum(count for _, count in op.peers) * setting.batch * node.type.features * setting.item
+    return Cost(bytes=2 * value_bytes(node, setting), comm_bytes=sent, launches=1)
 
 
 def _attend(node: Node, setting: Setting) -> Cost:
     op, kernel = node.op, setting.kernel
     assert isinstance(op, Attend)
+    if op.tile is not None and not kernel.skips:
+        return _tiled_attend(node, setting)
+    q, k, v = (setting.graph[a] for a in node.args)
+    work = attend_work(node, setting)
+    rows, columns = q.type.rows.length, k.type.rows.length
+    moved = sum(value_bytes(n, setting) for n in (q, k, v, node)) + 3 * mask_bytes(node, setting)
+    if kernel.materialises:  # inputs are widened first, and shared keys repeated
+        moved += 4 * sum(value_bytes(n, setting) for n in (q, k, v))
+        moved += int(6 * prod(q.type.rows.sizes[:-1]) * setting.batch * rows * columns * setting.accumulator)
+    return Cost(
+        flops=work.flops,
+        exps=work.flops / (2 * (q.type.features + v.type.features)),
+        bytes=moved,
+        launches=(1 + 4 * (work.masked and not kernel.skips) + 4 * kernel.materialises) * _steps(op, rows, columns),
+    )
+
+
+def _steps(op: Attend, rows: int, columns: int) -> int:
+    """Return how many blocks of scores an attend computes one after the other."""
+    return 1 if op.loop is None else -(-rows // op.loop[0]) * -(-columns // op.loop[1])
+
+
+def attend_work(node: Node, setting: Setting) -> Work:
+    """Return what one call of the attention kernel computes for an attend."""
+    op, kernel = node.op, setting.kernel
+    assert isinstance(op, Attend)
     q, k, v = (setting.graph[a] for a in node.args)
     rows, columns = q.type.rows.length, k.type.rows.length
-    if op.tile is not None:
-        return _tiled_attend(node, setting)
+    blocks = prod(a.size for a in q.type.rows.batch) * setting.batch
+    widest, both = max(q.type.features, v.type.features), q.type.features + v.type.features
+    if op.tile is not None or (kernel.skips and _needs_mask(node, setting)):
+        op = with_tiles(op, kernel)
+        assert op.tile is not None
+        kept = attend_tiles(op, q.type.rows, k.type.rows, setting.spec) * setting.batch
+        pairs = kept * op.tile[0] * op.tile[1]
+        tiles = max(1, -(-rows // op.tile[0]))
+        keys = kept * op.tile[1] / max(1, blocks * tiles)
+        return Work(blocks, rows, keys, 1.25 * keys, widest, 2 * pairs * both, masked=True)
     condition: str = slot_condition(op, q.type.rows, k.type.rows)
     native = lowered(setting.graph, node, kernel.native) if condition == "mask" else None
-    padded = -(-rows // kernel.tile) * kernel.tile * columns if rows >= kernel.tile else rows * columns
-    visited: float = padded
+    if native is not None and native.documents:  # each document is a block of its own
+        blocks, rows, columns = blocks * DOCUMENTS, max(1, rows // DOCUMENTS), max(1, columns // DOCUMENTS)
+        condition = "causal" if native.window == (None, 0) else "" if native.window == EVERYTHING else condition
+    keys = longest = float(columns)
     if condition == "causal" and kernel.skips_causal:
-        visited = rows * (columns + min(kernel.causal_tile, columns)) / 2
-    if native is not None:
-        condition = "native"
-        visited = min(padded, window_pairs(rows, columns, native.window) + rows * kernel.causal_tile)
-    blocks = prod(a.size for a in q.type.rows.batch) * setting.batch
-    moved = sum(value_bytes(n, setting) for n in (q, k, v, node)) + 3 * mask_bytes(node, setting)
-    if kernel.materialises:
-        moved += 6 * blocks * rows * columns * setting.accumulator
-    return Cost(
-        flops=2 * blocks * visited * (q.type.features + v.type.features),
-        exps=blocks * visited,
-        bytes=moved,
-        launches=1 + 4 * (condition == "mask") + 4 * kernel.materialises,
-    )
+        keys = (columns + min(kernel.causal_tile, columns)) / 2
+    elif native is not None and native.window != EVERYTHING:
+        keys = min(columns, window_pairs(rows, columns, native.window) / max(1, rows) + kernel.causal_tile)
+        left, right = (columns if n is None else n for n in native.window)
+        longest = max(keys, min(columns, left + right + 1 + kernel.causal_tile))
+    padded = -(-rows // kernel.tile) * kernel.tile if rows >= kernel.tile else rows
+    seen = padded if keys == columns else rows
+    masked = native is None and condition == "mask"
+    return Work(blocks, rows, keys, longest, widest, 2 * blocks * seen * keys * both, masked)
 
 
 def window_pairs(rows: int, columns: int, window: Window) -> int:
@@ -212,25 +332,51 @@ def _tiled_attend(node: Node, setting: Setting) -> Cost:
         copied=gathered + masks + permuted,
         launches=1
         if "blocks" in setting.kernel.native
-        else 20 + int(20 * pairs / heads * (k.type.features + v.type.features) / 2**22 / op.tile[0]),
+        else _launches_of_tiles(q.type.rows.length, kept, heads, op.tile),
     )
 
 
+_GATHERED = 1 << 22
+"""Keys x features of all heads that one batch of tiles gathers, as in ``runtime/tiles.py``."""
+_OPERATORS = 20
+"""Operators that one batch of tiles takes."""
+
+
+def _launches_of_tiles(rows: int, kept: float, heads: int, tile: tuple[int, int]) -> int:
+    """Return the operators for tiles that are gathered, a batch of tile rows at a time."""
+    tile_rows = max(1, -(-rows // tile[0]))
+    width = max(1.0, kept / heads / tile_rows)
+    at_once = max(1, int(_GATHERED / (width * tile[1] * 64 * heads)))
+    return _OPERATORS * (1 + -(-tile_rows // at_once))
+
+
 def _join(node: Node, setting: Setting) -> Cost:
-    """Price a merge: each part is read once and added to the accumulators, which start at zero and end as output."""
+    """Price a merge: each part is read once and added to the accumulators, which start at zero and end as output.
+
+    A merge that pulls reads each part once, and writes each output row once.
+    """
+    op = node.op
+    assert isinstance(op, Merge | Mix)
+    parts = setting.graph.args(node)
+    read = sum(value_bytes(part, setting) for part in parts)
+    elements = [part.type.rows.elements_count * setting.batch for part in parts]
+    if op.pull:
+        return Cost(exps=2.0 * sum(elements), bytes=read + value_bytes(node, setting), launches=1)
     rows = node.type.rows.elements_count * setting.batch
+    if disjoint([part.type.rows for part in parts]):  # copied to their places, with no weights
+        moved = 2 * value_bytes(node, setting) + 2.0 * read
+        return Cost(bytes=moved, launches=2 + 2 * len(parts))
     accumulator = rows * (node.type.features + 1) * setting.accumulator
-    moved, exps = 2.0 * accumulator, 0.0
-    for part in setting.graph.args(node):
-        part_rows = part.type.rows.elements_count * setting.batch
-        moved += value_bytes(part, setting) + 2 * part_rows * (part.type.features + 2) * setting.accumulator
-        exps += 3 * part_rows
-    return Cost(exps=exps, bytes=moved, launches=2 + 6 * len(node.args))
+    moved = 2.0 * accumulator + read
+    for count in elements:
+        moved += 2 * count * (node.type.features + 2) * setting.accumulator
+    return Cost(exps=3.0 * sum(elements), bytes=moved, launches=2 + 6 * len(parts))
 
 
 RULES: dict[type[Op], Callable[[Node, Setting], Cost]] = {
     Input: _free,
     Take: _take,
+    Receive: _receive,
     Attend: _attend,
     Merge: _join,
     Mix: _join,
@@ -251,15 +397,31 @@ def forward_cost(
     rule = rules.get(type(node.op))
     if rule is None:
         raise PassError(f"op {node.op.name!r} has no cost rule; add one to attnplan/cost/rules.py")
-    return rule(node, setting)
+    cost = rule(node, setting)
+    return attrs.evolve(cost, launches=0) if node.id in setting.together else cost
 
 
 def backward_cost(node: Node, setting: Setting) -> Cost:
-    """Return the cost of one node in the backward pass: five matrix products for two, and gradients moved twice."""
+    """Return the cost of one node in the backward pass.
+
+    An attend computes five matrix products where it computed two. Rows that were taken have gradients that are added
+    to those of the whole inputs, in the accumulating dtype: by one operator for each take, or by the join that pulls.
+    """
     forward = forward_cost(node, setting)
-    if isinstance(node.op, Attend):
-        launches = 2 * forward.launches + 6
+    graph, op = setting.graph, node.op
+    if isinstance(op, Attend):
+        launches = 2 * forward.launches + 2
         return Cost(2.5 * forward.flops, forward.exps, 2.5 * forward.bytes, 0.0, launches, 2 * forward.copied)
-    if isinstance(node.op, Take):
-        return forward
-    return Cost()
+    pulls = any(getattr(n.op, "pull", False) for n in graph)
+    elements = node.type.rows.elements_count * setting.batch * node.type.features if node.type else 0
+    if isinstance(op, Take) and not pulls:
+        again = 2 * elements * setting.item if node.id in setting.copied else 0
+        return Cost(bytes=elements * (setting.item + 2 * setting.accumulator) + again, launches=1 + bool(again))
+    if isinstance(op, Input) and not pulls and any(isinstance(n.op, Take) for n in graph):
+        return Cost(bytes=elements * (2 * setting.accumulator + setting.item), launches=2)
+    if isinstance(op, Merge | Mix) and op.pull:
+        taken = [graph[a] for part in graph.args(node) for a in part.args]
+        moved = sum(value_bytes(n, setting) for n in taken)
+        whole = sum(value_bytes(n, setting) for n in graph if isinstance(n.op, Input))
+        return Cost(bytes=2.0 * moved + whole, launches=3)
+    return FREE

@@ -41,3 +41,20 @@ def attend_tiles(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec) -> int:
     if "documents" in op.where.operands:
         where = where & _equal_documents(shape.kv_len)
     return kept_tiles(where, attrs.evolve(shape, batch=1), grid, [head for _, head in q.batch_heads()])
+
+
+@lru_cache(maxsize=1024)
+def fullest_row(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec) -> int:
+    """Return the most tiles that one row of tiles of an attend may keep."""
+    from attnplan.patterns.tiles import Grid
+    from attnplan.patterns.tiles.table import row_counts
+
+    assert op.tile is not None
+    columns = -(-k.length // op.tile[1])
+    if op.boxes is not None or op.shift is None:
+        return columns
+    where = static_part(op.where)
+    if "documents" in op.where.operands:
+        where = where & _equal_documents(spec.shape.kv_len)
+    grid = Grid(q.row + op.shift, q.length, k.row, k.length, op.tile)
+    return row_counts(where, attrs.evolve(spec.shape, batch=1), grid, [head for _, head in q.batch_heads()])

@@ -1,0 +1,153 @@
+"""Clocks: what a call takes, on the device and on the host, the contestants taking turns.
+
+A call is timed in bursts: back to back, as a model makes calls, so that a burst takes the longer of what the device
+needs and what the host needs to start it. ``device`` times start behind a kernel that idles while the host queues the
+calls, and hold no host time.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import torch
+
+Call = Callable[[], Any]
+
+_BURST = 1e-3
+"""Seconds that a burst should last at least, so that the clocks' own resolution does not matter."""
+_MOST = 20
+_CYCLES_PER_SECOND = 2e9
+_HOST_BOUND = 2e-3
+"""Calls that take longer are not timed behind an idle kernel: the host is long done."""
+
+
+@attrs.frozen
+class Times:
+    """What one contestant took, in seconds per call."""
+
+    seconds: tuple[float, ...]
+    """One for each round."""
+    host: float
+    """Median time for which a call keeps the host busy."""
+    device: tuple[float, ...] = ()
+    """Times of the device alone, where they were taken."""
+    burst: int = 1
+    """Calls in a round."""
+
+    @property
+    def median(self) -> float:
+        """Median over rounds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Difference of the third and the first quartile over the median."""
+        if len(self.seconds) < 2:
+            return 0.0
+        first, _, third = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (third - first) / self.median
+
+
+@attrs.frozen
+class Plenty:
+    """How much to measure."""
+
+    warm_ups: int = 2
+    rounds: int = 8
+    least: int = 3
+    seconds: float = 0.06
+    """Time for all rounds of one contestant; slow ones get fewer rounds, not fewer than ``least``."""
+    slow: float = 0.25
+    """A call that takes longer is timed once more after its warm-up, and no more."""
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def once(call: Call, on_gpu: bool, count: int = 1) -> tuple[float, float]:
+    """Return (seconds per call, host seconds per call) of one burst."""
+    if not on_gpu:
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        seconds = (time.perf_counter() - start) / count
+        return seconds, seconds
+    first, last = _event(), _event()
+    torch.cuda.synchronize()
+    first.record()
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    host = time.perf_counter() - start
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3 / count, host / count
+
+
+def behind_idling(call: Call, idle: float, count: int) -> float:
+    """Return the device's seconds per call, the host's work hidden behind a kernel that idles for ``idle`` seconds."""
+    first, last = _event(), _event()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(idle * _CYCLES_PER_SECOND))  # type: ignore[no-untyped-call]
+    first.record()
+    for _ in range(count):
+        call()
+    last.record()
+    torch.cuda.synchronize()
+    return float(first.elapsed_time(last)) / 1e3 / count
+
+
+def race(calls: Mapping[str, Call], on_gpu: bool, plenty: Plenty | None = None) -> dict[str, Times]:
+    """Return the times of contestants that take turns, after their warm-ups.
+
+    Parameters
+    ----------
+    calls
+        What to call, by name.
+    on_gpu
+        Whether the work runs on the current CUDA device, timed by its events.
+    plenty
+        How much to measure.
+
+    Examples
+    --------
+    >>> found = race({"nothing": lambda: None, "sum": lambda: sum(range(9))}, on_gpu=False)
+    >>> sorted(found), len(found["sum"].seconds)
+    (['nothing', 'sum'], 8)
+    """
+    plenty = plenty or Plenty()
+    counts, rounds = dict[str, int](), dict[str, int]()
+    taken, hosts = dict[str, list[float]](), dict[str, list[float]]()
+    for name, call in calls.items():
+        for _ in range(plenty.warm_ups - 1):
+            call()
+        first, host = once(call, on_gpu)
+        counts[name] = max(1, min(_MOST, round(_BURST / max(first, 1e-7))))
+        wanted = int(plenty.seconds / max(first * counts[name], 1e-7))
+        rounds[name] = 1 if first > plenty.slow else max(plenty.least, min(plenty.rounds, wanted))
+        taken[name], hosts[name] = [], [host] if first > plenty.slow else []
+    for turn in range(max(rounds.values(), default=0)):
+        for name, call in calls.items():
+            if turn < rounds[name]:
+                seconds, host = once(call, on_gpu, counts[name])
+                taken[name].append(seconds)
+                hosts[name].append(host)
+    found = {}
+    for name, call in calls.items():
+        host = statistics.median(hosts[name])
+        alone = _alone(call, statistics.median(taken[name]), host) if on_gpu else ()
+        found[name] = Times(tuple(taken[name]), host, alone, counts[name])
+    return found
+
+
+def _alone(call: Call, seconds: float, host: float) -> tuple[float, ...]:
+    if seconds > _HOST_BOUND or host < 0.3 * seconds:
+        return ()
+    count = max(1, min(4, int(_HOST_BOUND / max(host, 1e-6))))
+    idle = 1.5 * count * host + 2e-4
+    return tuple(behind_idling(call, idle, count) for _ in range(3))

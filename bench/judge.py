@@ -1,0 +1,383 @@
+"""Judges the planner on measured rows: fits the cost model to half of the specs, and judges choices on the rest."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from attnplan.cost import Device, catalogue
+from attnplan.cost.fit import Sample, fitted
+from attnplan.cost.model import loads, timed
+from attnplan.cost.parameters import Parameters, defaults
+from attnplan.cost.rules import ITEM_BYTES, Setting
+from attnplan.harness.entrants import digest
+from attnplan.harness.rows import read_rows
+from attnplan.search import every_way
+from bench.grid import GRIDS, Case
+
+Row = dict[str, Any]
+NOISE = 0.02
+"""A choice within this share of the best, or within its own spread, is as good as the best."""
+POLICIES: Mapping[str, tuple[str, ...]] = {
+    "always SDPA": ("by hand: sdpa",),
+    "always Flex": ("compiled (flex)", "by hand: flex"),
+    "always FA4": ("flash (fa4)", "by hand: fa4"),
+    "always cuDNN": ("eager (cudnn)", "by hand: cudnn"),
+}
+
+
+@attrs.frozen(eq=False)
+class Timed:
+    """One candidate of a spec, with what the model needs to price it and what was measured."""
+
+    name: str
+    row: Row
+    sample: Sample | None
+    """None for calls by hand, and for graphs that the spec no longer has."""
+    peak: int | None = None
+    """Predicted bytes beside inputs and output."""
+
+    @property
+    def seconds(self) -> float:
+        return float(self.row["seconds"])
+
+    @property
+    def automatic(self) -> bool:
+        return self.sample is not None and self.row["backend"] != "compiled"
+
+
+@attrs.frozen(eq=False)
+class Judged:
+    """Everything that was measured of one spec."""
+
+    case: Case
+    ways: tuple[Timed, ...]
+    stand_ins: tuple[Sample, ...] = ()
+    """What calls by hand say about the device's time of candidates that were not measured."""
+
+    @property
+    def samples(self) -> list[Sample]:
+        """What a fit may learn from."""
+        return [*(w.sample for w in self.ways if w.sample is not None), *self.stand_ins]
+
+    @property
+    def best(self) -> float:
+        """The best of everything that was measured, calls by hand included."""
+        return min(w.seconds for w in self.ways)
+
+    @property
+    def best_candidate(self) -> float:
+        """The best of what the planner can run at all, by name if it has to be."""
+        return min(w.seconds for w in self.ways if w.sample is not None)
+
+    @property
+    def best_automatic(self) -> float:
+        """The best of what the planner may choose by itself."""
+        return min(w.seconds for w in self.ways if w.automatic)
+
+
+def device_of(head: Row) -> Device:
+    """Return the device of the catalogue on which rows were measured."""
+    name = head["environment"]["device"]
+    if name == "cpu":
+        return catalogue()["cpu-2core"]
+    return next(d for d in catalogue().values() if any(part in name for part in d.match))
+
+
+def read(paths: Sequence[Path]) -> tuple[Device, list[Judged], int]:
+    """Return the device, what was measured of each spec in any of the files, and how many rows are out of date."""
+    found: dict[str, dict[str, Row]] = {}
+    heads = []
+    for path in paths:
+        head, rows = read_rows(path)
+        heads.append(head)
+        for row in rows:
+            if "seconds" in row and row.get("ok"):
+                found.setdefault(row["spec"], {}).setdefault(row["candidate"], row)
+    devices = {device_of(h).name: device_of(h) for h in heads}
+    if len(devices) != 1:
+        raise SystemExit(f"rows of one device, please: these are of {', '.join(devices)}")
+    (device,) = devices.values()
+    judged, stale = [], 0
+    for case in GRIDS[heads[0]["grid"]]():
+        rows_of = found.get(case.name, {})
+        known = priceable(case, device)
+        ways = []
+        for name, row in rows_of.items():
+            sample = None
+            if row["kind"] == "candidate":
+                if name not in known or known[name][0] != row["graph"]:
+                    stale += 1
+                    continue
+                sample = _sample(row, *known[name][1:3], device)
+            ways.append(Timed(name, row, sample, known[name][3] if sample is not None else None))
+        if any(w.automatic for w in ways):
+            judged.append(Judged(case, tuple(ways), tuple(_stand_ins(rows_of, known))))
+    return device, judged, stale
+
+
+@lru_cache(maxsize=1024)
+def _target(device: Device) -> Any:
+    from attnplan.cost import Target
+
+    return Target(device, None)
+
+
+def priceable(case: Case, device: Device) -> dict[str, tuple[str, Any, Any, int]]:
+    """Return graph's digest, setting, kernel and predicted peak of each candidate that accepts a spec."""
+    found = {}
+    for candidate, way in every_way(case.spec, _target(device)):
+        if way is not None:
+            kernel = way.schedule.priced
+            setting = Setting.of(way.lowered.graph, case.spec, kernel)
+            peak = candidate.prediction.peak_bytes if candidate.prediction else 0
+            found[candidate.name] = (digest(way.lowered.graph), setting, kernel, peak)
+    return found
+
+
+OVER_BY_HAND = 2.5e-5
+"""Seconds of the host that a plan adds to the call by hand: bench/results/gpu-backends-fa4-h100.json, cuDNN."""
+STAND_INS = {"by hand: cudnn": "dense > eager (cudnn)", "by hand: fa4": "dense > flash (fa4)"}
+
+
+def _stand_ins(rows: Mapping[str, Row], known: Mapping[str, tuple[str, Any, Any, int]]) -> Iterator[Sample]:
+    for hand, name in STAND_INS.items():
+        if hand in rows and name in known and name not in rows:
+            row = rows[hand]
+            alone = statistics.median(row["device"]) if row["device"] else row["seconds"]
+            _, setting, kernel, _ = known[name]
+            host = row["host"] + OVER_BY_HAND if row["burst"] > 1 else None  # alone, it slept before
+            yield Sample.of(loads(setting), setting.spec, kernel, None, min(alone, row["seconds"]), host)
+
+
+def _sample(row: Row, setting: Any, kernel: Any, device: Device) -> Sample:
+    host = row["host"] if device.kind == "cuda" else None
+    alone = None
+    if host is not None:
+        alone = min(statistics.median(row["device"]), row["seconds"]) if row["device"] else row["seconds"]
+    return Sample.of(loads(setting), setting.spec, kernel, row["seconds"], alone, host)
+
+
+def predicted(way: Timed, device: Device, table: Parameters) -> float:
+    """Return the seconds that a table predicts for a candidate."""
+    assert way.sample is not None
+    return timed(way.sample.loads, way.sample.spec, way.sample.kernel, device, table)[1]
+
+
+def halves(judged: Sequence[Judged], seed: int) -> tuple[list[Judged], list[Judged]]:
+    """Return two halves of the specs by a seed, a spec's forward and training on the same side."""
+    shapes = sorted({j.case.name.rsplit(",", 1)[0] for j in judged})
+    random.Random(seed).shuffle(shapes)
+    first = set(shapes[: len(shapes) // 2])
+    parts: tuple[list[Judged], list[Judged]] = ([], [])
+    for one in judged:
+        parts[one.case.name.rsplit(",", 1)[0] not in first].append(one)
+    return parts
+
+
+def losses(
+    judged: Sequence[Judged], choose: Callable[[Judged], Timed | None], best: str = "best_automatic"
+) -> list[float]:
+    """Return the regret of each spec for which there is a choice, against one of the bests of :class:`Judged`."""
+    chosen = ((j, choose(j)) for j in judged)
+    return [w.seconds / getattr(j, best) - 1 for j, w in chosen if w is not None]
+
+
+def by_price(device: Device, table: Parameters) -> Callable[[Judged], Timed | None]:
+    def choose(one: Judged) -> Timed | None:
+        return min((w for w in one.ways if w.automatic), key=lambda w: predicted(w, device, table))
+
+    return choose
+
+
+def always(names: Sequence[str]) -> Callable[[Judged], Timed | None]:
+    """Return the policy that takes the best of what one kernel can do for a spec, None where it can do nothing."""
+
+    def choose(one: Judged) -> Timed | None:
+        mine = [w for w in one.ways if any(w.name.endswith(n) for n in names)]
+        return min(mine, key=lambda w: w.seconds, default=None)
+
+    return choose
+
+
+def by_other_rounds(one: Judged) -> Timed | None:
+    """Return the winner of the even rounds: its regret in all rounds is what noise alone costs."""
+    mine = [w for w in one.ways if w.automatic]
+    several = [w for w in mine if len(w.row["rounds"]) > 1]
+    return min(several or mine, key=lambda w: statistics.median(w.row["rounds"][::2]))
+
+
+def spread_of(one: Judged) -> float:
+    best = min((w for w in one.ways if w.automatic), key=lambda w: w.seconds)
+    return max(NOISE, float(best.row["spread"]))
+
+
+def summary(found: Sequence[float]) -> Row:
+    if not found:
+        return {"specs": 0}
+    ordered = sorted(found)
+    return {
+        "specs": len(found),
+        "mean": statistics.mean(found),
+        "p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
+        "worst": ordered[-1],
+    }
+
+
+def errors(judged: Sequence[Judged], device: Device, table: Parameters) -> Iterator[tuple[Judged, Timed, float]]:
+    for one in judged:
+        for way in one.ways:
+            if way.sample is not None:
+                yield one, way, predicted(way, device, table) / way.seconds - 1
+
+
+def mape(judged: Sequence[Judged], device: Device, table: Parameters, *, sparse: bool) -> float | None:
+    found = [abs(e) for one, _, e in errors(judged, device, table) if one.case.sparse == sparse]
+    return statistics.mean(found) if found else None
+
+
+def judge(judged: Sequence[Judged], device: Device, seed: int) -> Row:
+    """Fit to one half, judge on the other."""
+    train, held_out = halves(judged, seed)
+    sheet = defaults(device.kind)
+    samples = [sample for j in train for sample in j.samples]
+    table, _ = fitted(samples, device, sheet)
+    choose = by_price(device, table)
+    top = [_within(j, choose(j)) for j in held_out]
+    policies = {
+        "auto": losses(held_out, choose),
+        "auto, data sheet": losses(held_out, by_price(device, sheet)),
+        "auto, beside compiled": losses(held_out, choose, "best_candidate"),
+        "auto, beside calls by hand": losses(held_out, choose, "best"),
+        "noise floor": losses(held_out, by_other_rounds),
+        **{name: losses(held_out, always(names), "best") for name, names in POLICIES.items()},
+    }
+    return {
+        "seed": seed,
+        "fitted specs": len(train),
+        "held-out specs": len(held_out),
+        "top-1 within noise": sum(top) / max(1, len(top)),
+        "MAPE dense": mape(held_out, device, table, sparse=False),
+        "MAPE sparse": mape(held_out, device, table, sparse=True),
+        "MAPE data sheet": statistics.mean(abs(e) for _, _, e in errors(held_out, device, sheet)),
+        "regret": {name: summary(found) for name, found in policies.items()},
+        "totals": {name: _totals(held_out, choose, always(names)) for name, names in POLICIES.items()},
+    }
+
+
+def _within(one: Judged, chosen: Timed | None) -> bool:
+    return chosen is not None and chosen.seconds <= one.best_automatic * (1 + spread_of(one))
+
+
+def _totals(
+    judged: Sequence[Judged], auto: Callable[[Judged], Timed | None], other: Callable[[Judged], Timed | None]
+) -> Row:
+    """Return the seconds of auto and of a policy over the specs that the policy can run."""
+    pairs = [(auto(j), other(j)) for j in judged]
+    both = [(a.seconds, b.seconds) for a, b in pairs if a is not None and b is not None]
+    return {"specs": len(both), "auto": sum(a for a, _ in both), "policy": sum(b for _, b in both)}
+
+
+def coverage(judged: Sequence[Judged]) -> float:
+    """Return the share of specs with three candidates from two backends that ran."""
+    enough = 0
+    for one in judged:
+        mine = [w for w in one.ways if w.sample is not None]
+        enough += len(mine) >= 3 and len({w.row["backend"] for w in mine}) >= 2
+    return enough / max(1, len(judged))
+
+
+def peaks(judged: Sequence[Judged]) -> str:
+    """Say how predicted peaks compare with measured ones, which hold the output, and the gradients of a training."""
+    below, above, seen = [], [], 0
+    for one in judged:
+        spec = one.case.spec
+        size, shape = ITEM_BYTES[spec.dtype] * spec.batch, spec.shape
+        beside = size * spec.heads * shape.seq_len * spec.value_dim
+        if spec.training:
+            widths = spec.head_dim + spec.value_dim
+            beside += size * (spec.heads * shape.seq_len * spec.head_dim + spec.kv_heads * shape.kv_len * widths)
+        for way in one.ways:
+            if way.peak is None or "peak" not in way.row:
+                continue
+            seen += 1
+            measured = max(0, way.row["peak"]["allocated"] - beside)
+            if way.peak < measured:
+                below.append((measured - way.peak, f"{way.name} of {one.case.name}"))
+            elif way.peak > max(1.3 * measured, measured + 2**24):
+                above.append((way.peak - measured, f"{way.name} of {one.case.name}"))
+    lines = [f"peaks: {seen} measured, {len(below)} predicted below, {len(above)} above max(1.3 x, + 16 MiB)"]
+    for what, found in (("below", below), ("above", above)):
+        lines += [f"  {what} by {by / 2**20:,.1f} MiB: {name}" for by, name in sorted(found, reverse=True)[:5]]
+    return "\n".join(lines)
+
+
+def render(found: Sequence[Row]) -> str:
+    def percent(x: float | None) -> str:
+        return "-" if x is None else f"{100 * x:.1f} %"
+
+    lines = []
+    for one in found:
+        lines.append(
+            f"seed {one['seed']}: {one['fitted specs']} specs fitted, {one['held-out specs']} held out; "
+            f"top-1 {percent(one['top-1 within noise'])}; MAPE dense {percent(one['MAPE dense'])}, "
+            f"sparse {percent(one['MAPE sparse'])}, data sheet {percent(one['MAPE data sheet'])}"
+        )
+        lines.append(f"  {'regret':<26} {'specs':>5} {'mean':>8} {'p95':>8} {'worst':>8}")
+        for name, got in one["regret"].items():
+            if got["specs"]:
+                figures = " ".join(f"{percent(got[k]):>8}" for k in ("mean", "p95", "worst"))
+                lines.append(f"  {name:<26} {got['specs']:>5} {figures}")
+        for name, got in one["totals"].items():
+            if got["specs"]:
+                ratio = got["policy"] / got["auto"]
+                lines.append(f"  {name}: {ratio:.2f} x the time of auto over the {got['specs']} specs that it runs")
+    return "\n".join(lines)
+
+
+SHIPPED = Path(__file__).resolve().parent.parent / "attnplan" / "cost" / "calibrations"
+
+
+def ship(paths: Sequence[Path], leave: Sequence[str] = ()) -> None:
+    """Fit the cost model to all rows, and write the calibration that comes with the package.
+
+    Numbers that begin so, or whose last part is so, as ``leave`` says keep their published value: what the rows say of
+    them is out of date.
+    """
+    device, judged, stale = read(paths)
+    samples = [sample for j in judged for sample in j.samples]
+    table, numbers = fitted(samples, device, defaults(device.kind))
+    versions: dict[str, str] = {}
+    for path in paths:
+        versions |= read_rows(path)[0]["environment"]["versions"]
+    versions.pop("attnplan", None)
+    left = tuple(leave)
+    numbers = {p: n for p, n in numbers.items() if p.rpartition("/")[2] not in left and not p.startswith(left)}
+    name = read_rows(paths[0])[0]["environment"]["device"]
+    where = f"{device.title} elsewhere" if name == "cpu" else f"an {name} elsewhere"
+    about = f"measured on {where}: {', '.join(f'{n} {v}' for n, v in versions.items())}"
+    about += f"; published: {', '.join(leave)}" if leave else ""
+    SHIPPED.mkdir(exist_ok=True)
+    out = SHIPPED / f"{device.name}.json"
+    out.write_text(json.dumps({"about": about, "numbers": numbers}, indent=1) + "\n", encoding="utf-8")
+    off = statistics.mean(abs(e) for _, _, e in errors(judged, device, table))
+    print(f"{out}: {len(samples)} measurements, {stale} out of date, off by {100 * off:.1f} % on average")
+
+
+def main(paths: Sequence[Path], seeds: Sequence[int], out: Path | None) -> None:
+    device, judged, stale = read(paths)
+    found = [judge(judged, device, seed) for seed in seeds]
+    print(f"{device.title}: {len(judged)} specs, {sum(len(j.ways) for j in judged)} rows, {stale} out of date; "
+          f"three candidates of two backends in {100 * coverage(judged):.0f} %")  # fmt: skip
+    print(render(found))
+    if device.kind == "cuda":
+        print(peaks(judged))
+    if out is not None:
+        out.write_text(json.dumps({"device": device.name, "seeds": found}, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,162 @@
+"""Writes what docs/performance.md says about the planner, from committed rows.
+
+    python -m bench.performance             rewrites the part of docs/performance.md between the marks
+    python -m bench.performance --check     exits with 1 if it is out of date
+
+Rows are ``bench/results/regret-DEVICE*.json``, judgements ``bench/results/judged-DEVICE.json`` of ``bench.regret``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from attnplan.cost import catalogue
+from attnplan.harness.rows import read_rows
+from bench.grid import FAMILIES, GRIDS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- begin: python -m bench.performance -->", "<!-- end: python -m bench.performance -->"
+FEWEST = 3
+"""Specs of which a median is worth a line."""
+Row = dict[str, Any]
+
+
+def percent(x: float | None) -> str:
+    return "-" if x is None else f"{100 * x:.1f} %"
+
+
+def devices() -> list[str]:
+    """Return the devices of which there are rows, the GPUs first."""
+    known = sorted(catalogue(), key=lambda name: (catalogue()[name].kind == "cpu", name))
+    return [name for name in known if files(name)]
+
+
+def files(device: str) -> list[Path]:
+    return sorted(RESULTS.glob(f"regret-{device}*.json"))
+
+
+def rows_of(device: str) -> tuple[Row, dict[str, list[Row]]]:
+    """Return the environment of the first file, and what was timed of each spec in any of them."""
+    found: dict[str, dict[str, Row]] = {}
+    heads = []
+    for path in files(device):
+        head, rows = read_rows(path)
+        heads.append(head)
+        for row in rows:
+            if "seconds" in row and row.get("ok"):
+                found.setdefault(row["spec"], {}).setdefault(row["candidate"], row)
+    versions = {}
+    for head in heads:
+        versions |= head["environment"]["versions"]
+    return {**heads[0]["environment"], "versions": versions}, {spec: list(got.values()) for spec, got in found.items()}
+
+
+def page() -> str:
+    """Return the generated part of the page."""
+    lines = [BEGIN, ""]
+    for device in devices():
+        lines += section(device)
+    if len(lines) == 2:
+        lines += ["No rows are committed yet.", ""]
+    return "\n".join([*lines, END])
+
+
+def section(device: str) -> Iterator[str]:
+    environment, found = rows_of(device)
+    versions = ", ".join(f"{n} {v}" for n, v in environment["versions"].items() if n != "attnplan")
+    yield f"## The planner on {catalogue()[device].title}"
+    yield ""
+    names = ", ".join(f"`{p.relative_to(ROOT)}`" for p in files(device))
+    whole = len(GRIDS["cpu" if catalogue()[device].kind == "cpu" else "gpu"]())
+    count = f"{len(found)} of the grid's {whole} specs"
+    yield f"{count}, {sum(map(len, found.values()))} measured candidates and calls by hand: {names}"
+    yield f"({environment['device']}; {versions}), by `python -m bench.regret --measure`."
+    yield ""
+    yield from judgement(device)
+    yield from families(found)
+
+
+def judgement(device: str) -> Iterator[str]:
+    path = RESULTS / f"judged-{device}.json"
+    if not path.exists():
+        return
+    judged = json.loads(path.read_text(encoding="utf-8"))
+    yield "The cost model is fitted to half of the specs and judged on the other, by"
+    yield "`python -m bench.regret --judge`, for three splits. Regret is the time of the choice over that of the best"
+    yield "candidate that the planner may choose by itself, minus 1; that of a policy is against everything measured."
+    yield ""
+    yield "| split | top-1 within noise | error dense | error sparse | error of the data sheet |"
+    yield "|---|---|---|---|---|"
+    for one in judged["seeds"]:
+        cells = (one["top-1 within noise"], one["MAPE dense"], one["MAPE sparse"], one["MAPE data sheet"])
+        yield f"| {one['seed']} | {' | '.join(map(percent, cells))} |"
+    yield ""
+    yield "| regret on held-out specs | specs | mean | 95th percentile | worst |"
+    yield "|---|---|---|---|---|"
+    for name in judged["seeds"][0]["regret"]:
+        got = [one["regret"][name] for one in judged["seeds"] if one["regret"][name]["specs"]]
+        if got:
+            figures = (statistics.mean(g[k] for g in got) for k in ("mean", "p95", "worst"))
+            specs = round(statistics.mean(g["specs"] for g in got))
+            yield f"| {name} | {specs} | {' | '.join(map(percent, figures))} |"
+    yield ""
+    yield "Figures are means over the splits. A policy counts for the specs that its kernel can run; over these it"
+    yield f"takes, in total, {', '.join(totals(judged))} the time of the planner's choices."
+    yield ""
+
+
+def totals(judged: Row) -> Iterator[str]:
+    for name in judged["seeds"][0]["totals"]:
+        got = [one["totals"][name] for one in judged["seeds"] if one["totals"][name]["specs"]]
+        if got:
+            yield f"{name} {statistics.mean(g['policy'] / g['auto'] for g in got):.2f} x"
+
+
+def families(found: dict[str, list[Row]]) -> Iterator[str]:
+    """Say by how much the best plan is faster than SDPA by hand, with a dense mask where the pattern needs one."""
+    lines = []
+    for family in FAMILIES:
+        ratios = []
+        for rows in found.values():
+            plans = [r["seconds"] for r in rows if r["kind"] == "candidate" and r["family"] == family]
+            hand = [r["seconds"] for r in rows if r["candidate"] == "by hand: sdpa" and r["family"] == family]
+            if plans and hand:
+                ratios.append(hand[0] / min(plans))
+        if len(ratios) >= FEWEST:
+            middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
+            lines.append(f"| {family} | {len(ratios)} | x {middle:.3g} | x {low:.3g} to x {high:.3g} |")
+    if lines:
+        yield "| family | specs | best plan against SDPA by hand, median | range |"
+        yield "|---|---|---|---|"
+        yield from lines
+        yield ""
+
+
+def updated(text: str) -> str:
+    """Return a page with its generated part replaced, or added at its end."""
+    if BEGIN not in text:
+        return f"{text.rstrip()}\n\n{page()}\n"
+    before, _, rest = text.partition(BEGIN)
+    return before + page() + rest.partition(END)[2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    given = parser.parse_args()
+    text = PAGE.read_text(encoding="utf-8")
+    if given.check:
+        sys.exit(0 if updated(text) == text else f"{PAGE} is out of date: run python -m bench.performance")
+    PAGE.write_text(updated(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
