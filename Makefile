@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint mutants bench lm golden clean
+.PHONY: demo test test-slow lint docs mutants bench lm golden clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,11 @@ test: lint
 
 test-slow: $(VENV)/.ready
 	$(BIN)/pytest -m slow
+
+docs: $(VENV)/.ready
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[docs]'
+	$(BIN)/sphinx-build -b html -W --keep-going -q docs build/docs
+	@echo wrote build/docs/index.html
 
 mutants: $(VENV)/.ready
 	$(BIN)/python -m bench.mutants --json bench/results/mutants.json --docs docs/mutants.md

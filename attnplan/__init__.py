@@ -22,6 +22,7 @@ from attnplan.errors import (
     PassError,
     RingError,
     SpecError,
+    StreamError,
     VerifyError,
 )
 from attnplan.plan import Plan
@@ -41,6 +42,7 @@ __all__ = [
     "Plan",
     "RingError",
     "SpecError",
+    "StreamError",
     "VerifyError",
     "attention",
     "cache_clear",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import time
+from contextlib import nullcontext
 from typing import Any
 
 import click
 
-from attnplan import cli_compare, cli_pictures  # noqa: F401  # they add their commands to `main`
+from attnplan import cli_compare, cli_measure, cli_pictures  # noqa: F401  # they add their commands to `main`
 from attnplan.cli_common import (
     _JSON,
     _PLAN_OPTIONS,
@@ -34,15 +34,30 @@ __all__ = ["main"]
 @click.option("--source", is_flag=True, help="Print the emitted program too.")
 @click.option("--graph", "graph", is_flag=True, help="Print the graph too.")
 @click.option("--ir", metavar="PASS", help="Print the graph after this pass, and nothing else.")
+@click.option("--mesh", metavar="NODESxRANKS", help="Plan for so many ranks, such as 128x8, without a process.")
+@click.option("--shards", default="auto", show_default=True, help="With --mesh: contiguous, zigzag or striped.")
+@click.option("--transport", default="auto", show_default=True, help="With --mesh: how rows travel.")
+@click.option("--measure", is_flag=True, help="Run it, and show what each op took beside what was predicted.")
 @click.option("--what-if", metavar="CHANGES", multiple=True,
               help="Such as device=b200,seq_len=64k|1m,max_memory=4gib: a table, one row for each.")  # fmt: skip
 @click.option("--save", metavar="PATH", help="Write the plan to a file, for `diff` and attnplan.load.")
 @_JSON
 def explain(file: str | None, device: str, backend: str, strategy: str, max_memory: str | None, source: bool,
-            graph: bool, ir: str | None, what_if: tuple[str, ...], save: str | None, as_json: bool,
-            **flags: Any) -> None:  # fmt: skip
-    """Say what would run, why, and what it costs. Needs no torch."""
+            graph: bool, ir: str | None, measure: bool, what_if: tuple[str, ...], save: str | None, as_json: bool,
+            mesh: str | None, shards: str, transport: str, **flags: Any) -> None:  # fmt: skip
+    """Say what would run, why, and what it costs. Needs no torch, except for --measure and --source."""
+    also = {"--graph": graph, "--source": source, "--measure": measure}
+    _alone("--what-if", bool(what_if), {**also, "--ir": ir, "--save": save})
+    _alone("--ir", ir is not None, also)
+    _alone("--mesh", mesh is not None, {**also, "--ir": ir, "--save": save, "--what-if": what_if})
+    pinned = {"--backend": backend != "auto", "--strategy": strategy != "auto", "--max-memory": max_memory}
+    _alone("--mesh", mesh is not None, pinned)
+    if mesh is None and (shards, transport) != ("auto", "auto"):
+        raise SpecError("--shards and --transport belong to --mesh")
     spec = _spec(file, flags)
+    if mesh is not None:
+        _dry_run(spec, mesh, device, shards, transport, as_json)
+        return
     if what_if:
         options = {"device": device, "backend": backend, "strategy": strategy, "max_memory": max_memory}
         _what_if(spec, options, what_if, as_json)
@@ -51,21 +66,32 @@ def explain(file: str | None, device: str, backend: str, strategy: str, max_memo
     if save is not None:
         plan.save(save)
     if ir is not None:
-        _echo(_after(plan, ir))
+        text = _after(plan, ir)
+        _echo_json({"pass": ir, "graph": text}) if as_json else _echo(text)
         return
+    with _progress(None, "measuring") if measure else nullcontext():
+        shown = plan.explain("json" if as_json else "text", measure=measure)
+    more = {**({"graph": str(plan.graph)} if graph else {}), **({"source": plan.source} if source else {})}
     if as_json:
-        facts = plan.explain(format="json")
-        if graph:
-            facts["graph"] = str(plan.graph)
-        if source:
-            facts["source"] = plan.source
-        _echo_json(facts)
+        _echo_json({**shown, **more})
         return
-    _echo(plan.explain())
-    if graph:
-        _echo(f"\n{plan.graph}")
-    if source:
-        _echo(f"\n{plan.source}")
+    _echo(shown)
+    for text in more.values():
+        _echo(f"\n{text}")
+
+
+def _dry_run(spec: AttentionSpec, mesh: str, device: str, shards: str, transport: str, as_json: bool) -> None:
+    from attnplan.dry import dry_run, render
+
+    found = dry_run(spec, mesh, device, shards, transport)
+    _echo_json(found) if as_json else _echo(render(found))
+
+
+def _alone(name: str, given: bool, others: dict[str, Any]) -> None:
+    """Refuse options that would have no effect."""
+    ignored = [other for other, value in others.items() if value]
+    if given and ignored:
+        raise SpecError(f"{name} prints something else than the page of one plan; leave {ignored[0]} out")
 
 
 def _what_if(spec: AttentionSpec, options: dict[str, Any], texts: tuple[str, ...], as_json: bool) -> None:
@@ -111,8 +137,9 @@ def run(file: str | None, device: str, backend: str, strategy: str, max_memory: 
     if as_json:
         _echo_json(result)
         return
+    basis = getattr(plan.predicted, "basis", "data sheet")
     _echo(
-        f"{plan!r}\npredicted  {format_seconds(plan.predicted.seconds)} (data sheet)\n"
+        f"{plan!r}\npredicted  {format_seconds(plan.predicted.seconds)} ({basis})\n"
         f"measured   {format_seconds(measured)}, median of {repeat} "
         f"({format_seconds(min(times))} to {format_seconds(max(times))})\n"
     )
@@ -120,26 +147,14 @@ def run(file: str | None, device: str, backend: str, strategy: str, max_memory: 
 
 def _timed(plan: Any, repeat: int, seed: int, backward: bool) -> list[float]:
     from attnplan.calls import require_here
+    from attnplan.measure import Call
 
     require_here(plan.target)
-    import torch
-
-    from attnplan.verify import random_inputs, random_operands
-
-    generator = torch.Generator().manual_seed(seed)
-    device = plan.target.torch_device
-    q, k, v = (x.to(device).requires_grad_(backward) for x in random_inputs(plan.spec, generator))
-    operands = {name: x.to(device) for name, x in random_operands(plan.spec, generator).items()}
+    call = Call.of(plan, seed, backward=backward)
     times = []
     with _progress(repeat + 1, "running") as advance:
         for _ in range(repeat + 1):
-            start = time.perf_counter()
-            out = plan(q, k, v, **operands)
-            if backward:
-                torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-            if q.is_cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+            times.append(call.timed())
             advance()
     return times[1:]
 
@@ -219,6 +234,8 @@ def backends(file: str | None, spec_file: str | None, device: str, as_json: bool
     from attnplan.backends import registry
     from attnplan.cost import resolve
 
+    if file and spec_file:
+        raise SpecError(f"two specs were given, {file} and {spec_file}; leave one out")
     target = resolve(device)
     if file or spec_file or any(v is not None for v in flags.values()):
         _echo_candidates(_spec(file or spec_file, flags), target, as_json)

@@ -73,7 +73,8 @@ def suggest_patterns(device: str, max_memory: str | None, layers: int, as_json: 
 @click.argument("file", default="-")
 @click.option("--passes", required=True, metavar="NAMES", help="Comma-separated, such as canonicalize,lattice.")
 @click.option("--spec", "spec_file", metavar="FILE", help="Prove the result against this spec, and not the graph read.")
-def run_passes(file: str, passes: str, spec_file: str | None) -> None:
+@_JSON
+def run_passes(file: str, passes: str, spec_file: str | None, as_json: bool) -> None:
     """Run passes on a printed graph ("-" reads standard input), proving each, and print the result."""
     from attnplan.ir import parse_graph, print_graph
     from attnplan.ir.coverage import coverage, spec_coverage
@@ -83,10 +84,16 @@ def run_passes(file: str, passes: str, spec_file: str | None) -> None:
     for name in names:
         if name not in PASSES:
             raise SpecError(f"unknown pass {name!r}{did_you_mean(name, PASSES)}")
+    if not names:
+        raise SpecError(f"--passes names no pass; known: {', '.join(sorted(PASSES))}")
     graph = parse_graph(_text(file))
     expected = coverage(graph) if spec_file is None else spec_coverage(AttentionSpec.from_file(spec_file))
-    result, _ = Pipeline(tuple(PASSES[name]() for name in names)).run(graph, expected)
-    _echo(print_graph(result))
+    result, steps = Pipeline(tuple(PASSES[name]() for name in names)).run(graph, expected)
+    if not as_json:
+        _echo(print_graph(result))
+        return
+    ran = [{"name": s.name, "before": s.before, "after": s.after, "seconds": s.seconds} for s in steps]
+    _echo_json({"proved_against": spec_file or "the graph read", "passes": ran, "graph": print_graph(result)})
 
 
 def _text(file: str) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 import attrs
 
 from attnplan.cost import Target, resolve
-from attnplan.errors import AttnPlanError, SpecError, did_you_mean
+from attnplan.errors import AttnPlanError, RingError, SpecError, did_you_mean
+from attnplan.explain import require_one_device
 from attnplan.plan import Plan
 from attnplan.search import Candidate, search
 from attnplan.spec import AttentionSpec
@@ -28,6 +29,8 @@ def diff(a: Plan, b: Plan) -> dict[str, Any]:
     ``passes`` and ``ops`` (pairs, empty where equal); ``candidates`` (predicted seconds or refusals of each way in
     both); ``why`` (sentences).
     """
+    for plan in (a, b):
+        require_one_device(plan, "a diff")
     return {
         "schema": SCHEMA,
         "spec": _spec_changes(a.spec, b.spec),
@@ -226,8 +229,22 @@ def what_if(spec: AttentionSpec, options: Mapping[str, Any], changes: Sequence[M
         The spec, and ``device``, ``backend``, ``strategy``, ``max_memory`` as :func:`attnplan.compile` takes them.
     changes
         Fields of the spec or of the options to change.
+
+    Raises
+    ------
+    RingError
+        If the spec is for several ranks.
     """
+    _require_one_rank(spec)
     return [_row(spec, options, change) for change in ({}, *changes)]
+
+
+def _require_one_rank(spec: AttentionSpec) -> None:
+    if spec.ring_size > 1:
+        raise RingError(
+            f"--what-if is for plans on one device, the spec has ring_size={spec.ring_size}: use `attnplan explain "
+            "--mesh`"
+        )
 
 
 def _row(spec: AttentionSpec, options: Mapping[str, Any], change: Mapping[str, Any]) -> Row:
@@ -236,6 +253,7 @@ def _row(spec: AttentionSpec, options: Mapping[str, Any], change: Mapping[str, A
         if "seq_len" in fields and spec.kv_len == spec.seq_len:
             fields.setdefault("kv_len", fields["seq_len"])
         here = AttentionSpec.from_dict({**spec.to_dict(), **fields})
+        _require_one_rank(here)
         given = {**options, **{n: v for n, v in change.items() if n in PLAN_FIELDS}}
         budget = given.get("max_memory")
         target: Target = resolve(given.get("device", "auto"))

@@ -7,25 +7,38 @@ from typing import TYPE_CHECKING, Any
 
 from attnplan.cost.tiles import attend_tiles
 from attnplan.draw import TILES, mask_rows
-from attnplan.errors import SpecError
-from attnplan.ir import Attend, Graph, Merge, Mix, Node, RowMap, Take
+from attnplan.errors import RingError, SpecError
+from attnplan.ir import Attend, Graph, Input, Merge, Mix, Node, Output, Receive, RowMap, Take
 from attnplan.ir.slots import slot_condition
 from attnplan.search import Candidate
 from attnplan.spec import AttentionSpec, Dim
 from attnplan.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
+    from attnplan.measure import Measured
     from attnplan.plan import Plan
 
-SCHEMA = 1
-"""Version of the dict that :func:`facts` returns."""
+SCHEMA = 2
+"""Version of the dict that :func:`facts` returns; docs/explain.md says what every key holds."""
 
 
-def facts(plan: Plan) -> dict[str, Any]:
+def facts(plan: Plan, measured: Measured | None = None) -> dict[str, Any]:
     """Return everything that an explain page says, as plain data.
 
-    Keys: ``schema``, ``spec``, ``device``, ``choice``, ``does``, ``mask``, ``passes``, ``ops``, ``others``.
+    Parameters
+    ----------
+    plan
+        The plan.
+    measured
+        What calls of it took, to be shown beside what was predicted.
+
+    Returns
+    -------
+    dict
+        Keys: ``schema``, ``spec``, ``device``, ``choice``, ``measured``, ``tuning``, ``does``, ``mask``, ``passes``,
+        ``ops``, ``others``. See ``docs/explain.md``.
     """
+    require_one_device(plan, "this page")
     chosen = next(c for c in plan.candidates if c.prediction is plan.predicted)
     return {
         "schema": SCHEMA,
@@ -33,6 +46,7 @@ def facts(plan: Plan) -> dict[str, Any]:
         "device": {
             "name": plan.device.name,
             "title": plan.device.title,
+            "kind": plan.device.kind,
             "here": plan.target.torch_device is not None,
             "note": plan.target.note,
             "source": plan.device.source,
@@ -41,16 +55,36 @@ def facts(plan: Plan) -> dict[str, Any]:
             **_candidate_facts(chosen),
             "versions": plan._backend.versions(),
             "note": getattr(plan._backend, "note", ""),
-            "basis": "data sheet",
+            "basis": plan.predicted.basis,
+            "basis_note": plan.predicted.note,
+            "host_seconds": plan.predicted.host,
+            "memory": {
+                "workspace_bytes": plan.predicted.memory.workspace,
+                "gathered_bytes": plan.predicted.memory.gathered,
+                "saved_bytes": plan.predicted.memory.saved,
+                "budget_bytes": plan.pins.get("max_memory"),
+            },
             "inputs_and_output_bytes": _io_bytes(plan.spec),
             "work": "forward and backward" if plan.spec.training else "forward",
         },
+        "measured": None if measured is None else measured.facts(),
+        "tuning": None if plan.tuning is None else plan.tuning.facts(),
         "does": _share(plan.spec),
         "mask": mask_rows(plan.spec),
         "passes": [{"name": s.name, "before": s.before, "after": s.after, "seconds": s.seconds} for s in plan.steps],
-        "ops": [_op_facts(plan, node) for node in plan.graph if isinstance(node.op, Attend | Merge | Mix | Take)],
+        "ops": [_op_facts(plan, n, measured) for n in plan.graph if not isinstance(n.op, Input | Output)],
         "others": [_candidate_facts(c) for c in plan.candidates if c is not chosen],
     }
+
+
+def require_one_device(plan: Plan, what: str) -> None:
+    """Raise :class:`~attnplan.errors.RingError` for a plan over several ranks, which has no figures for each op."""
+    ranks = getattr(plan, "ranks", 1)
+    if ranks > 1:
+        raise RingError(
+            f"{what} is for plans on one device, this one has {ranks} ranks: use `attnplan explain` and `attnplan draw "
+            "--what ring`"
+        )
 
 
 def _spec_facts(spec: AttentionSpec) -> dict[str, Any]:
@@ -113,7 +147,7 @@ def _share(spec: AttentionSpec) -> dict[str, Any]:
     return {"pairs": pairs, "dense_pairs": dense, "dense": f"dense {kind}pairs", "branches": len(spec.branches)}
 
 
-def _op_facts(plan: Plan, node: Node) -> dict[str, Any]:
+def _op_facts(plan: Plan, node: Node, measured: Measured | None) -> dict[str, Any]:
     op = plan.predicted.ops[node.id]
     return {
         "id": node.id,
@@ -124,6 +158,7 @@ def _op_facts(plan: Plan, node: Node) -> dict[str, Any]:
         "exps": op.cost.exps,
         "bytes": op.cost.bytes + op.cost.copied,
         "seconds": op.seconds,
+        "measured_seconds": None if measured is None or measured.ops is None else measured.ops.get(node.id),
         "bound": op.bound,
         "roofline": op.roofline,
     }
@@ -144,11 +179,17 @@ def _what(graph: Graph, node: Node, spec: AttentionSpec, *, copied: bool) -> str
         condition = slot_condition(op, q, k) if op.tile is None else _tiles(op, q, k, spec)
         blocks = node.type.rows.elements_count // q.length
         square = f"{q.length}^2" if q.length == k.length else f"{q.length}x{k.length}"
-        return f"{condition}, {blocks} x {square}"
+        loop = "" if op.loop is None else f", {op.loop[0]}x{op.loop[1]} at a time"
+        launch = "" if op.launch is None else f", launch {op.launch}"
+        return f"{condition}, {blocks} x {square}{loop}{launch}"
     if isinstance(op, Take):
         return f"{graph.args(node)[0].type.tensor}, {'copy' if copied else 'view'}"
+    if isinstance(op, Receive):
+        sent = sum(count for _, count in op.peers)
+        return f"{node.type.tensor}, hop {op.hop}, {format_count(sent)} elements of {len(op.peers)} ranks"
     rule = f"{op.rule}, " if isinstance(op, Mix) else ""
-    return f"{rule}{len(node.args)} parts"
+    pull = ", pull" if isinstance(op, Merge | Mix) and op.pull else ""
+    return f"{rule}{len(node.args)} parts{pull}"
 
 
 def render(found: dict[str, Any]) -> str:
@@ -171,10 +212,59 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         f"peak {format_bytes(choice['peak_bytes'])} beside {format_bytes(choice['inputs_and_output_bytes'])} "
         "of inputs and output"
     )
+    yield from _basis(found)
+    if found["measured"] is not None:
+        yield from _measured(found["measured"], choice)
+    if found["tuning"] is not None:
+        yield f"tuned      {_tuned(found['tuning'])}"
     yield f"does       {_does(found['does'])}"
     yield from _mask_and_passes(found)
     yield from _op_table(found["ops"])
     yield from _others(found["others"], choice["seconds"])
+
+
+def _basis(found: dict[str, Any]) -> Iterator[str]:
+    """Say what the prediction consists of, where there is something to say."""
+    choice, memory = found["choice"], found["choice"]["memory"]
+    ops = sum(o["seconds"] for o in found["ops"])
+    if found["device"]["kind"] != "cpu" and choice["host_seconds"] > ops:
+        yield (
+            f"           the host needs {format_seconds(choice['host_seconds'])} to start it, the device "
+            f"{format_seconds(ops)} for its ops"
+        )
+    parts = [(memory[f"{name}_bytes"], word) for name, word in _MEMORY.items() if memory[f"{name}_bytes"]]
+    if len(parts) > 1 or memory["budget_bytes"] is not None:
+        of = ", ".join(f"{format_bytes(size)} {word}" for size, word in parts) or "nothing"
+        budget = "" if memory["budget_bytes"] is None else f"    budget {format_bytes(memory['budget_bytes'])}"
+        yield f"           of the peak: {of}{budget}"
+    if choice["basis_note"]:
+        yield f"           {choice['basis_note']}"
+
+
+def _tuned(tuning: dict[str, Any]) -> str:
+    """Say what a measured search chose, and how far off the prices were."""
+    off = f"the price is off by {100 * tuning['error']:+.0f} %"
+    gain = f", the cheapest by price takes {100 * tuning['gain']:+.0f} %" if tuning["gain"] else ""
+    when = "remembered from an earlier measurement" if tuning["remembered"] else "measured now"
+    return f"fastest of {len(tuning['trials'])}, {format_seconds(tuning['seconds'])}; {off}{gain}; {when}"
+
+
+_MEMORY = {"workspace": "workspace", "gathered": "copies of rows", "saved": "saved for the backward"}
+
+
+def _measured(measured: dict[str, Any], choice: dict[str, Any]) -> Iterator[str]:
+    ratio = measured["seconds"] / choice["seconds"]
+    yield (
+        f"measured   {format_seconds(measured['seconds'])} {choice['work']}, x {ratio:.3g} of predicted    median of "
+        f"{measured['rounds']}, {format_seconds(measured['fastest_seconds'])} to "
+        f"{format_seconds(measured['slowest_seconds'])} ({measured['timer']})"
+    )
+    if measured["ops_seconds"] is not None:
+        share = 100 * measured["ops_seconds"] / measured["seconds"]
+        other = f", {format_seconds(measured['other_seconds'])} of it in no op" if measured["other_seconds"] else ""
+        yield f"           run op by op {format_seconds(measured['ops_seconds'])}, {share:.0f} % of that{other}"
+    if measured["note"]:
+        yield f"           {measured['note']}"
 
 
 def _does(does: dict[str, Any]) -> str:
@@ -201,13 +291,17 @@ def _op_table(ops: list[dict[str, Any]]) -> Iterator[str]:
     width = max([len(n) for n in names] + [20])
     results = max([len(o["result"]) for o in shown] + [6])
     yield ""
-    yield (f"  {'op':<{width}}  {'result':<{results}}  {'GFLOP':>8} {'MiB':>8} {'us':>9}  {'bound':<8} % of roofline")
+    measured = any(o["measured_seconds"] is not None for o in ops)
+    extra = f" {'measured':>9}" if measured else ""
+    numbers = f"{'GFLOP':>8} {'MiB':>8} {'us':>9}{extra}"
+    yield f"  {'op':<{width}}  {'result':<{results}}  {numbers}  {'bound':<8} % of roofline"
     for name, o in zip(names, shown, strict=True):
         gflop = _number(o["gflop"]) if o["gflop"] else "-"
         roofline = f"{100 * o['roofline']:.0f}" if o["seconds"] else "-"
+        extra = f" {_number(o['measured_seconds'] * 1e6):>9}" if measured else ""
         yield (
             f"  {name:<{width}}  {o['result']:<{results}}  {gflop:>8} {_number(o['bytes'] / 2**20):>8} "
-            f"{_number(o['seconds'] * 1e6):>9}  {o['bound'] if o['seconds'] else '-':<8} {roofline}"
+            f"{_number(o['seconds'] * 1e6):>9}{extra}  {o['bound'] if o['seconds'] else '-':<8} {roofline}"
         )
     if hidden:
         yield f"  ... and {hidden} more, views or below 1 % of the time each; --json lists all"
@@ -221,8 +315,11 @@ def _number(value: float) -> str:
 def _worth_showing(ops: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
     if len(ops) <= 12:
         return ops, 0
-    total = sum(o["seconds"] for o in ops)
-    shown = [o for o in ops if o["seconds"] > 0.01 * total]
+    columns = [[o[name] or 0.0 for o in ops] for name in ("seconds", "measured_seconds")]
+    limits = [0.01 * sum(column) for column in columns]
+    shown = [
+        o for o, *times in zip(ops, *columns, strict=True) if any(t > x for t, x in zip(times, limits, strict=True))
+    ]
     return shown, len(ops) - len(shown)
 
 

@@ -13,8 +13,8 @@ from attnplan.backends import Backend, Program, Schedule
 from attnplan.calls import check_call
 from attnplan.cost import Prediction, Target
 from attnplan.errors import AttnPlanError, KernelError, MemoryBudgetError, NoBackendError, RingError, SpecError
-from attnplan.ir import Attend, Graph, Take
-from attnplan.passes import Step
+from attnplan.ir import Attend, Graph, Output, Take
+from attnplan.passes import Chunk, Recompute, Step
 from attnplan.search import Candidate, Choice, Found, lowerings, search
 from attnplan.spec import AttentionSpec
 from attnplan.tracing import Traced
@@ -44,6 +44,8 @@ class Plan(Traced):
         Every way to run it: priced, or refused with reasons.
     predicted : attnplan.cost.Prediction
         ``seconds`` and ``peak_bytes`` of one call.
+    tuning : attnplan.tune.Tuning or None
+        What was measured to choose it; None for a choice by price.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Plan(Traced):
         self.predicted: Prediction = found.candidate.prediction
         self.pins = dict(pins)
         self.strict, self.deterministic = strict, deterministic
+        self.tuning: Any = None
         self._backend: Backend = found.backend
         self._schedule: Schedule = found.schedule
         self._programs: OrderedDict[tuple[int, int], Program] = OrderedDict()
@@ -110,8 +113,13 @@ class Plan(Traced):
     def _specialised(self, seq_len: int, kv_len: int) -> Program:
         """Emit the program for the lengths of one call of a spec with open lengths."""
         here = self.spec.at(seq_len, kv_len)
-        lowered = {name: x for x in lowerings(here, self._schedule.tiling) for name in (x.strategy, *x.also)}
-        return self._emit(here, lowered[self.strategy].graph)
+        found = lowerings(here, self._schedule.tiling(here.training), fused=self._schedule.fused)
+        lowered = {name: x for x in found for name in (x.strategy, *x.also)}
+        graph = lowered[self.strategy].graph
+        for step in self.steps:  # what the search looped over to fit a budget, at these lengths
+            if isinstance(step.rewrite, Chunk | Recompute):
+                graph = step.rewrite(graph)
+        return self._emit(here, graph)
 
     def _emit(self, spec: AttentionSpec, graph: Graph) -> Program:
         device = self.target.torch_device or self.device.kind
@@ -153,6 +161,13 @@ class Plan(Traced):
             For ``q_offset=True``: the position of query row 0, an int or an int tensor ``[]`` or ``[B]``.
         dropout_seed
             For ``dropout`` above 0: an int or an int64 tensor ``[]``; equal seeds drop equal pairs under every plan.
+        bias
+            For ``bias=True``: what is added to the scores, ``[H, S, K]`` or ``[B, H, S, K]`` with sizes of 1 where it
+            broadcasts. Query rows are counted as in q. Gradients flow back to it, and to the next two.
+        alibi_slopes
+            For ``alibi_slopes=True``: ``[H]`` or ``[B, H]``; ``-slope * |i - j|`` is added to scores.
+        sink_logits
+            For ``sink_logits=True``: ``[H]``, the score of one more key of value 0.
 
         Returns
         -------
@@ -258,13 +273,21 @@ class Plan(Traced):
         check_call(self.spec, self.target, q, k, v, return_lse, operands)
         self._seen = (q.shape, k.shape, v.shape, q.dtype, q.device)  # one assignment: threads see all of it or none
 
-    def explain(self, format: str = "text") -> Any:  # noqa: A002  # the public name
+    def explain(self, format: str = "text", *, measure: bool = False) -> Any:  # noqa: A002  # the public name
         """Return what was chosen, why, and what everything costs.
 
         Parameters
         ----------
         format
             ``"text"`` for the page that people read, ``"json"`` for the same facts as a dict.
+        measure
+            Run the plan for about two seconds, on random inputs, and show what every op took beside what was
+            predicted.
+
+        Raises
+        ------
+        NoBackendError
+            If ``measure`` is asked for on hardware that is not here.
 
         Examples
         --------
@@ -277,7 +300,12 @@ class Plan(Traced):
 
         if format not in ("text", "json"):
             raise SpecError(f'unknown format {format!r}; use "text" or "json"')
-        found = facts(self)
+        measured = None
+        if measure:
+            from attnplan import measure as measuring
+
+            measured = measuring.measure(self)
+        found = facts(self, measured)
         return found if format == "json" else render(found)
 
     def verify(self, rows: int = 64, seed: int = 0) -> Any:
@@ -318,21 +346,81 @@ class Plan(Traced):
         except OSError as error:
             raise SpecError(f"cannot write the plan file {str(path)!r}: {error.strerror}") from None
 
-    def shard(self, tensor: Tensor) -> Tensor:
-        """Raise: plans run on one device in this version."""
-        raise RingError("this plan has no mesh: ring execution is not in this version")
+    def stream(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        *,
+        out: Any = None,
+        max_memory: int | str | None = None,
+        progress: Any = None,
+        resume: bool = False,
+        journal: str | Path | None = None,
+        **operands: Any,
+    ) -> Any:
+        """Compute attention over tensors that stay in host memory or in files, of which the device holds a few pieces.
 
-    def unshard(self, tensor: Tensor) -> Tensor:
-        """Raise: plans run on one device in this version."""
-        raise RingError("this plan has no mesh: ring execution is not in this version")
+        Parameters
+        ----------
+        q, k, v
+            Tensors on the CPU (pinned memory is copied while the device computes), numpy arrays or memory maps, or
+            paths of files that hold the elements in order, without a header. Shapes as in a call.
+        out
+            The same for the output; a file is made if it does not exist. The default is a new tensor on the CPU.
+        max_memory
+            Bytes, or text such as ``"8 GiB"``: a limit on what the device holds, the pieces of q, k, v and the output
+            included. The default is the device's memory.
+        progress
+            True shows a bar; a function is called with the number of pieces that are done, and of all.
+        resume
+            Go on where an interrupted stream of the same plan, files and budget ended: its journal lies beside ``out``.
+        journal
+            Path of the journal, where ``out`` is a tensor.
+        **operands
+            Runtime operands, as in a call.
 
-    def positions(self, rank: int) -> Any:
-        """Raise: plans run on one device in this version."""
-        raise RingError("this plan has no mesh: ring execution is not in this version")
+        Returns
+        -------
+        Tensor, array or path
+            ``out``.
+
+        Raises
+        ------
+        SpecError
+            If a tensor does not fit the spec, a file is too short, or a journal is that of another stream.
+        MemoryBudgetError
+            If no pieces fit the budget.
+        StreamError
+            If a file fails in the middle; the message says where.
+
+        Examples
+        --------
+        >>> import attnplan, torch
+        >>> plan = attnplan.compile(attnplan.AttentionSpec(seq_len=512, heads=2, head_dim=8, dtype="float32"))
+        >>> q, k, v = (torch.randn(1, 2, 512, 8) for _ in "qkv")
+        >>> torch.allclose(plan.stream(q, k, v, max_memory="256 KiB"), plan(q, k, v), atol=1e-6)
+        True
+        """
+        from attnplan.streams import stream
+
+        return stream(self, q, k, v, out, max_memory, progress, resume, journal, **operands)
+
+    def shard(self, tensor: Tensor, dim: int | None = None) -> Tensor:
+        """Raise: a plan on one device has no shards; see :class:`~attnplan.plan_ring.RingPlan`."""
+        raise RingError("this plan has no mesh: compile with mesh= to run over several ranks")
+
+    def unshard(self, tensor: Tensor, dim: int | None = None) -> Tensor:
+        """Raise: a plan on one device has no shards; see :class:`~attnplan.plan_ring.RingPlan`."""
+        raise RingError("this plan has no mesh: compile with mesh= to run over several ranks")
+
+    def positions(self, rank: int | None = None) -> Any:
+        """Raise: a plan on one device has no shards; see :class:`~attnplan.plan_ring.RingPlan`."""
+        raise RingError("this plan has no mesh: compile with mesh= to run over several ranks")
 
     def shard_batch(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Raise: plans run on one device in this version."""
-        raise RingError("this plan has no mesh: ring execution is not in this version")
+        """Raise: a plan on one device has no shards; see :class:`~attnplan.plan_ring.RingPlan`."""
+        raise RingError("this plan has no mesh: compile with mesh= to run over several ranks")
 
     def _text(self) -> str:
         """Return the text of the plan's file, which an exported program carries."""
@@ -350,5 +438,6 @@ class Plan(Traced):
 
 
 def _takes(graph: Graph) -> bool:
-    """Return whether a graph depends on its lengths, because it takes rows or tiles apart."""
-    return bool(graph.of(Take)) or any(op.tile is not None for _, op in graph.of(Attend))
+    """Return whether a graph depends on its lengths, because it takes rows or tiles apart or is run in pieces."""
+    looped = any(op.loop is not None or op.recompute for _, op in graph.of(Output))
+    return looped or bool(graph.of(Take)) or any(op.tile or op.loop for _, op in graph.of(Attend))

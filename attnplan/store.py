@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import attrs
 
 from attnplan.backends import registry
-from attnplan.cost import Target, catalogue, price, resolve
+from attnplan.cost import Target, catalogue, parameters_for, price, resolve
 from attnplan.errors import AttnPlanError, SpecError, did_you_mean
 from attnplan.ir import Graph, Input, parse_graph, print_graph
 from attnplan.ir.coverage import check_coverage, coverage, spec_coverage, spec_inputs
 from attnplan.lower import lower
 from attnplan.passes import Step
 from attnplan.passes.base import Pass
-from attnplan.search import STRATEGIES, Candidate, Found, Lowered
+from attnplan.passes.chunk import check_pieces
+from attnplan.search import STRATEGIES, Candidate, Found, Lowered, fusion_missing
 from attnplan.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -202,12 +203,13 @@ def _rebuilt(data: dict[str, Any]) -> Loaded:
     if spec.heads > MAX_HEADS:
         raise SpecError(f"{spec.heads} heads are more than any plan has; the limit is {MAX_HEADS}")
     check_coverage(spec_coverage(spec), coverage(graph), "the saved graph")
-    reasons = backend.refuse(graph, spec, schedule, target.device)
+    check_pieces(graph)
+    reasons = (*backend.refuse(graph, spec, schedule, target.device), *fusion_missing(graph, target))
     if reasons:
         raise SpecError(f"{backend.name} ({schedule.name}) refuses the saved graph: {'; '.join(reasons)}")
     steps = (Step(Saved(), len(lower(spec)), len(graph), 0.0, graph),)
     lowered = Lowered(data["strategy"], graph, steps)
-    prediction = price(graph, spec, schedule.kernel, target.device)
+    prediction = price(graph, spec, schedule.priced, target.device, parameters_for(target))
     candidate = Candidate(data["strategy"], backend.name, schedule.name, prediction)
     return Loaded(spec, target, Found(lowered, candidate, backend, schedule, (candidate,)), dict(data["pins"]))
 

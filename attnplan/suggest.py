@@ -103,7 +103,7 @@ def _patterns(length: int, causal: bool, layers: int) -> Iterator[tuple[Pattern 
 def _one(spec: AttentionSpec, pattern: Pattern | Mixture, reach: int, target: Target, budget: int | None) -> Suggestion:
     here = attrs.evolve(spec, pattern=pattern)
     try:
-        plan = Plan(here, target, search(here, target, max_memory=budget), {})
+        plan = Plan(here, target, search(here, target, max_memory=budget, loops=False), {})
     except AttnPlanError as error:
         return Suggestion(pattern, reach, here.count_pairs() // here.batch, None, str(error).splitlines()[0])
     return Suggestion(pattern, reach, here.count_pairs() // here.batch, plan)

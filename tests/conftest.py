@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,10 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 
 if str(ROOT) not in sys.path:  # so that test files find `tests.oracle` however pytest was started
     sys.path.insert(0, str(ROOT))
+
+# What the user calibrated, tuned or described must not decide about a test; nothing makes this directory by itself.
+os.environ["ATTNPLAN_CACHE"] = str(Path(tempfile.gettempdir()) / f"attnplan-tests-{os.getpid()}")
+os.environ.pop("ATTNPLAN_DEVICES", None)
 
 settings.register_profile(
     "repo", deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
@@ -61,3 +67,42 @@ def compiled_programs_run_as_written(request: pytest.FixtureRequest, monkeypatch
         return run
 
     monkeypatch.setattr("attnplan.runtime.compiling.compiled", as_written)
+
+
+@pytest.fixture
+def provide(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Return a function that makes entry points the installed ones, and the registry forget what it knew."""
+    import attnplan
+    from attnplan.backends import registry
+
+    def install(*points: Any) -> Any:
+        found = {"attnplan.backends": points}
+        monkeypatch.setattr("importlib.metadata.entry_points", lambda *, group: found.get(group, ()))
+        registry.cache_clear()
+        attnplan.cache_clear()
+        return registry()
+
+    yield install
+    monkeypatch.undo()
+    registry.cache_clear()
+    attnplan.cache_clear()
+
+
+@pytest.fixture
+def faulty(provide: Callable[..., Any]) -> type:
+    """Install the backend that computes the published faults, and return its class."""
+    from tests.faulty import HERE, Faulty
+    from tests.test_registry import point
+
+    provide(point("faulty", f"{HERE}:Faulty"))
+    return Faulty
+
+
+@pytest.fixture
+def fresh_caches() -> Iterator[None]:
+    """Forget all plans before a test and after it."""
+    import attnplan
+
+    attnplan.cache_clear()
+    yield
+    attnplan.cache_clear()

@@ -16,6 +16,7 @@ from attnplan.cost import resolve
 from attnplan.plan import Plan
 from attnplan.search import Found, _options
 from attnplan.spec import AttentionSpec
+from attnplan.testing.numbers import Numbers
 from tests import oracle
 
 torch.set_num_threads(1)  # tensors of tests are tiny: threads would wait for one another, minutes on a busy machine
@@ -50,21 +51,6 @@ def plan_for(spec: AttentionSpec, schedule: str, strategy: str | None = None) ->
     found = [p for p in every_plan(spec) if p.schedule == schedule and strategy in (None, p.strategy)]
     assert found, f"nothing runs {spec} by {schedule}"
     return found[-1]
-
-
-@attrs.frozen(eq=False)
-class Numbers:
-    """What one call gives: output, LSE where there is one, and gradients. Always in the order ``[B, H, S, D]``."""
-
-    out: Tensor
-    lse: Tensor | None
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-
-    def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Iterate over the tensors by name, without the LSE."""
-        yield from (("output", self.out), ("dq", self.dq), ("dk", self.dk), ("dv", self.dv))
 
 
 @attrs.frozen(eq=False)

@@ -14,12 +14,13 @@ from attnplan import AttentionSpec
 from attnplan import patterns as P
 from attnplan.cli import main
 from attnplan.cost import catalogue
+from attnplan.explain import SCHEMA
 from attnplan.verify import Check
 from tests.conftest import ROOT
 
 FLAGS = ("--seq-len", "64", "--heads", "2", "--head-dim", "8", "--dtype", "float32")
 LONGNET = (*FLAGS, "--pattern", "longnet([16, 32], [1, 2])", "--causal")
-COMMANDS = ("explain", "run", "verify", "devices", "backends")
+COMMANDS = sorted(main.commands)
 
 
 def run(*arguments, stdin=None):
@@ -118,10 +119,15 @@ def test_pins_and_budgets_reach_the_plan():
 
 def test_the_json_page_holds_graph_and_source_where_asked_for():
     facts = json.loads(ok("explain", *LONGNET, "--json", "--graph", "--source"))
-    assert facts["schema"] == 1
+    assert facts["schema"] == SCHEMA
     assert facts["graph"].startswith("%0 = input(")
     assert "def forward" in facts["source"]
     assert not {"graph", "source"} & set(json.loads(ok("explain", *LONGNET, "--json")))
+
+
+def test_the_graph_after_a_pass_is_json_where_asked_for():
+    text = ok("explain", *LONGNET, "--ir", "lattice")
+    assert json.loads(ok("explain", *LONGNET, "--ir", "lattice", "--json")) == {"pass": "lattice", "graph": text}
 
 
 def test_the_source_is_printed_after_the_page():
@@ -281,6 +287,14 @@ def test_a_file_that_cannot_be_read_exits_with_2(tmp_path):
         (2, ("explain", *FLAGS, "--colour"), "No such option"),
         (2, ("explian",), "No such command"),
         (2, ("backends", "--device", "h10"), "unknown device 'h10'"),
+        (2, ("backends", "a.toml", "--spec", "b.toml"), "two specs were given, a.toml and b.toml"),
+        (2, ("explain", *FLAGS, "--what-if", "batch=2", "--graph"), "leave --graph out"),
+        (2, ("explain", *FLAGS, "--what-if", "batch=2", "--save", "x"), "leave --save out"),
+        (2, ("explain", *FLAGS, "--ir", "lattice", "--measure"), "leave --measure out"),
+        (2, ("explain", *FLAGS, "--shards", "zigzag"), "--shards and --transport belong to --mesh"),
+        (2, ("explain", *FLAGS, "--mesh", "4", "--backend", "eager"), "leave --backend out"),
+        (2, ("opt", "--passes", ","), "--passes names no pass; known: "),
+        (2, ("draw", *FLAGS, "-o", "x.png", "--device", "h100"), "--device belongs to --what roofline or length or"),
         (3, ("run", *FLAGS, "--device", "h100"), "NoBackendError: this plan is for NVIDIA H100"),
         (3, ("verify", *FLAGS, "--device", "h100"), "NoBackendError: the coverage is proved, but NVIDIA H100"),
         (3, ("explain", *FLAGS, "--max-memory", "1 B"), "MemoryBudgetError: the smallest plan, "),
@@ -292,8 +306,15 @@ def test_exit_codes(code, arguments, message):
     assert message in refused(code, *arguments)
 
 
-def test_a_ring_exits_with_3(file):
-    assert "RingError: ring_size=4 needs the ring pass" in refused(3, "explain", file(TOML + "ring_size = 4"))
+def test_a_ring_exits_with_3_where_it_is_none_or_has_no_such_figures(file, tmp_path):
+    ring = file(TOML + "ring_size = 4")
+    assert "RingError: a mesh is a number of ranks" in refused(3, "explain", ring, "--mesh", "many")
+    roofline = ("draw", ring, "--what", "roofline", "-o", str(tmp_path / "a.png"))
+    for command in (("diff", ring, ring), ("report", ring, "-o", str(tmp_path / "a.html")), roofline):
+        assert "is for plans on one device, this one has 4 ranks" in refused(3, *command)
+    assert "--what-if is for plans on one device" in refused(3, "explain", ring, "--what-if", "batch=2")
+    rows = json.loads(ok("explain", file(TOML), "--what-if", "ring_size=4", "--json"))
+    assert "--what-if is for plans on one device" in rows[1]["error"]
 
 
 @pytest.mark.parametrize("command", [(), *((c,) for c in COMMANDS)], ids=str)

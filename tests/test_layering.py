@@ -21,16 +21,27 @@ LAYERS = (
     ("lower",),
     ("passes",),
     ("cost",),
+    ("ring",),
     ("runtime",),
     ("backends",),
     (
         "plan",
+        "plan_ring",
         "tracing",
         "explain",
+        "explain_ring",
+        "measure",
+        "tune",
         "search",
+        "search_ring",
+        "fitting",
+        "streams",
         "calls",
+        "deferred",
         "verify",
+        "verify_ring",
         "draw",
+        "dry",
         "api",
         "store",
         "compare",
@@ -38,27 +49,34 @@ LAYERS = (
         "pictures",
         "report",
     ),
-    ("nn", "integrations", "calibrate", "testing"),
+    ("nn", "integrations", "calibrate", "testing", "harness"),
     ("cli_common",),
-    ("cli", "cli_verify", "cli_compare", "cli_pictures"),
+    ("cli", "cli_verify", "cli_compare", "cli_measure", "cli_pictures"),
 )
 ABOVE_ALL = ("__init__.py", "__main__.py")
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 FACADE = RANK["plan"] + 0.5  # `import attnplan`, the public names: for the rows above the plan only
 
 # Planning needs no torch: only what runs a plan may import it, or import attnplan.runtime, which does.
-WITH_TORCH = ("runtime", "nn", "integrations", "calibrate", "testing")
+WITH_TORCH = ("runtime", "nn", "integrations", "calibrate", "testing", "harness")
 # Parts of an emitter in files of their own: nothing but emit.py may import them.
-PARTS_OF_EMITTERS = ("backends/eager/programs.py",)
+PARTS_OF_EMITTERS = ("backends/eager/programs.py", "backends/eager/learned.py", "backends/eager/launches.py")
 # Files that may import torch inside a function, each with its reason.
 TORCH_INSIDE_FUNCTIONS = {
     "__init__.py": "attention() infers a spec from tensors",
     "plan.py": "the first call emits; a file of a plan is for a torch device",
     "tracing.py": "warms up, and traces what torch traces",
     "calls.py": "checks the tensors of a call",
+    "api.py": "asks whether a call is traced",
+    "deferred.py": "runs in traced programs",
     "verify.py": "runs the plan beside the reference",
+    "verify_ring.py": "runs the ring beside the reference",
+    "search_ring.py": "a mesh is made of processes",
+    "plan_ring.py": "a mesh is made of processes; the first call emits",
+    "measure.py": "runs the plan and times it",
+    "tune.py": "runs candidates beside one another",
+    "streams.py": "a stream is run, and its tensors are checked, where torch is",
     "cost/device.py": "asks torch for the properties of a CUDA device that is here",
-    "cli.py": "run, verify and bench execute plans",
 }
 
 MAX_FILE_LINES = 450

@@ -54,8 +54,12 @@ def test_the_committed_page_is_that_of_the_committed_run():
     assert "not yet explained" not in report.render(data)
 
 
-def test_every_pass_is_mutated():
-    assert {p.__module__ for p in PASSES.values()} <= set(pipelines.TARGETS)
+# They choose how rows are fetched, launched, joined and looped over; their own tests hold mutations of them.
+OTHER = {f"attnplan.passes.{name}" for name in ("batch_branches", "chunk", "pull_merge", "recompute", "views")}
+
+
+def test_every_pass_that_changes_what_is_computed_is_mutated():
+    assert {p.__module__ for p in PASSES.values()} - OTHER <= set(pipelines.TARGETS)
 
 
 def texts(source):

@@ -13,31 +13,16 @@ import pytest
 import torch
 
 import attnplan
-from attnplan import AttentionSpec, Dim
+from attnplan import AttentionSpec
 from attnplan import patterns as P
 from attnplan.errors import MemoryBudgetError, NoBackendError, RingError, SpecError
 from attnplan.search import STRATEGIES
 from attnplan.units import parse_bytes
 from tests.conftest import ROOT
 from tests.running import Call
+from tests.small_plans import SMALL, open_spec, tensors
 
-SMALL = AttentionSpec(seq_len=32, heads=2, head_dim=8, dtype="float32", pattern=P.longnet([8, 16], [1, 2]), causal=True)
-
-
-def open_spec(longest, **options):
-    """Return the small spec with an open length."""
-    return attrs.evolve(SMALL, seq_len=Dim("s", max=longest), kv_len=Dim("s", max=longest), **options)
-
-
-@pytest.fixture(autouse=True)
-def fresh_caches():
-    attnplan.cache_clear()
-    yield
-    attnplan.cache_clear()
-
-
-def tensors(spec=SMALL, batch=1):
-    return Call.of(spec, batch=batch).inputs
+pytestmark = pytest.mark.usefixtures("fresh_caches")
 
 
 # ---------------------------------------------------------------------------------------------- arguments of compile
@@ -60,15 +45,13 @@ REFUSED_ARGUMENTS = {
     "unknown device 'tpu-v5'; known: a100, .*h100": (SpecError, {"device": "tpu-v5"}),
     "unknown backend 'eagr'; did you mean 'eager'": (SpecError, {"backend": "eagr"}),
     "unknown strategy 'latice'; did you mean 'lattice'": (SpecError, {"strategy": "latice"}),
-    "mesh= needs ring execution, which is not in this version": (RingError, {"mesh": object()}),
-    "tune=True needs the measuring search, which is not in this version": (SpecError, {"tune": True}),
+    "mesh must be a torch.distributed DeviceMesh, got object": (SpecError, {"mesh": object()}),
     "cannot read '2 GB of RAM' as a memory size": (SpecError, {"max_memory": "2 GB of RAM"}),
     "must be positive, got 0": (SpecError, {"max_memory": 0}),
     r"eager \(flash\): .*deterministic=True was asked for, and it is not known to repeat": (
         NoBackendError,
         {"spec": attrs.evolve(SMALL, precision="tf32"), "deterministic": True, "device": "h100"},
     ),
-    "ring_size=4 needs the ring pass": (RingError, {"spec": attrs.evolve(SMALL, ring_size=4)}),
     "a process-wide flag that a plan must not change": (
         NoBackendError,
         {"spec": attrs.evolve(SMALL, precision="tf32"), "device": "h100"},
@@ -93,7 +76,8 @@ def test_cuda_where_there_is_none_is_refused_with_the_names_that_work():
 @pytest.mark.parametrize("backend", ["eager", "reference"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_pins_are_kept_or_refused(backend, strategy):
-    if (backend == "reference") != (strategy == "naive"):
+    for_cuda = strategy in ("lattice-views", "lattice-batch")
+    if (backend == "reference") != (strategy == "naive") or for_cuda:
         with pytest.raises(NoBackendError, match=rf"strategy='{strategy}' was asked for"):
             attnplan.compile(SMALL, backend=backend, strategy=strategy)
         return
@@ -115,7 +99,7 @@ def test_a_memory_budget_moves_the_choice():
     free = attnplan.compile(spec)
     assert attnplan.compile(spec, max_memory=free.predicted.peak_bytes).predicted == free.predicted
     with pytest.raises(
-        MemoryBudgetError, match=r"the smallest plan, .*, needs [\d.]+ MiB .* budget 1 KiB; try a shorter"
+        MemoryBudgetError, match=r"the smallest plan, .*, needs [\d.]+ KiB .* budget 1 KiB; try a shorter"
     ):
         attnplan.compile(spec, max_memory="1 KiB")
     tight = attnplan.compile(SMALL, max_memory="4 MiB")
@@ -132,7 +116,7 @@ def test_the_budget_that_the_message_proposes_is_enough():
 
 
 def test_a_device_that_is_too_small_says_so():
-    spec = AttentionSpec(seq_len=2**20, heads=8, head_dim=64, softcap=5.0)
+    spec = AttentionSpec(seq_len=2**20, heads=8, head_dim=64, dropout=0.1)  # dropout is not cut into pieces
     with pytest.raises(MemoryBudgetError, match=r"needs [\d,.]+ [GT]iB beside .* t4 has 16 GiB; .* a sparser pattern"):
         attnplan.compile(attrs.evolve(spec, dtype="float16"), device="t4")
 
@@ -162,7 +146,7 @@ def test_a_plan_carries_what_explains_it():
     plan = attnplan.compile(SMALL)
     assert plan.spec is SMALL
     assert plan.device.kind == "cpu"
-    assert plan.predicted.seconds == pytest.approx(sum(op.seconds for op in plan.predicted.ops))
+    assert plan.predicted.seconds > sum(op.seconds for op in plan.predicted.ops) > 0
     assert plan.predicted.peak_bytes > 0
     assert [s.name for s in plan.steps] == ["canonicalize", "split-heads", "lattice", "fuse-merge"]
     assert plan.steps[-1].graph == plan.graph

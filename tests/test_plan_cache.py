@@ -17,25 +17,15 @@ import pytest
 import torch
 
 import attnplan
-from attnplan import AttentionSpec, Dim, api
+from attnplan import AttentionSpec, api
 from attnplan import patterns as P
 from attnplan.plan import Plan
 from tests.running import Call, error
+from tests.small_plans import SMALL, open_spec, tensors
 
-SMALL = AttentionSpec(seq_len=32, heads=2, head_dim=8, dtype="float32", pattern=P.longnet([8, 16], [1, 2]), causal=True)
+pytestmark = pytest.mark.usefixtures("fresh_caches")
+
 TINY = AttentionSpec(seq_len=8, heads=1, head_dim=8, dtype="float32")
-
-
-def open_spec(longest, **options):
-    """Return the small spec with an open length."""
-    return attrs.evolve(SMALL, seq_len=Dim("s", max=longest), kv_len=Dim("s", max=longest), **options)
-
-
-@pytest.fixture(autouse=True)
-def fresh_caches():
-    attnplan.cache_clear()
-    yield
-    attnplan.cache_clear()
 
 
 @pytest.fixture
@@ -44,10 +34,6 @@ def emissions(monkeypatch):
     made, emit = [], Plan._emit
     monkeypatch.setattr(Plan, "_emit", lambda self, *args: made.append(args) or emit(self, *args))
     return made
-
-
-def tensors(spec=SMALL, batch=1):
-    return Call.of(spec, batch=batch).inputs
 
 
 # ------------------------------------------------------------------------------------------------------- identity
@@ -135,24 +121,24 @@ def test_ten_thousand_specs_do_not_fill_the_memory(monkeypatch):
     assert len(api._plans) == api._KEPT_PLANS
 
 
-REMEMBERED = (
-    ("search", "lowerings"),
-    ("search", "_start"),
-    ("search", "_memo"),
-    ("ir.coverage", "attend_coverage"),
-    ("patterns.sums", "_offset_sum"),
-    ("patterns.sums", "_split"),
-    ("ir.coverage", "indicator"),
-    ("cost.rules", "attend_tiles"),
-)
+def modules():
+    found = [m.name for m in pkgutil.walk_packages(attnplan.__path__, "attnplan.")]
+    return [importlib.import_module(n) for n in found if not n.endswith("__main__") and "transformers" not in n]
+
+
+def caches():
+    """Iterate over (module, name, function) of every function that remembers its results."""
+    for module in modules():
+        yield from ((module, name, f) for name, f in [*vars(module).items()] if hasattr(f, "cache_parameters"))
 
 
 def test_plans_of_distinct_lambdas_are_let_go(monkeypatch):
     """With every cache made small, nothing but the caches may hold a plan or the function of its pattern."""
     monkeypatch.setattr(api, "_plans", api._Cache(4))
-    for module, name in REMEMBERED:
-        module = importlib.import_module(f"attnplan.{module}")
-        monkeypatch.setattr(module, name, lru_cache(4)(getattr(module, name).__wrapped__))
+    small = {}
+    for module, name, function in [*caches()]:
+        size = min(4, function.cache_parameters()["maxsize"])
+        monkeypatch.setattr(module, name, small.setdefault(function, lru_cache(size)(function.__wrapped__)))
     functions = []
 
     def plan(n):
@@ -165,11 +151,9 @@ def test_plans_of_distinct_lambdas_are_let_go(monkeypatch):
 
 
 def test_every_cache_is_bounded():
-    modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(attnplan.__path__, "attnplan.")
-               if not m.name.endswith("__main__") and "transformers" not in m.name]  # fmt: skip
-    caches = {f for m in modules for f in vars(m).values() if hasattr(f, "cache_parameters")}
-    assert {f.__name__ for f in caches} >= {name for _, name in REMEMBERED}
-    assert [f.__name__ for f in caches if f.cache_parameters()["maxsize"] is None] == []
+    found = {f for _, _, f in caches()}
+    assert len(found) > 20
+    assert [f.__name__ for f in found if f.cache_parameters()["maxsize"] is None] == []
 
 
 def test_calls_of_distinct_shapes_keep_a_bounded_number_of_plans(monkeypatch):

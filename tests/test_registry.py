@@ -56,23 +56,6 @@ def point(name, value, package="quick-attention"):
     return made
 
 
-@pytest.fixture
-def provide(monkeypatch):
-    """Return a function that makes entry points the installed ones, and the registry forget what it knew."""
-
-    def install(*points):
-        found = {"attnplan.backends": points}
-        monkeypatch.setattr("importlib.metadata.entry_points", lambda *, group: found.get(group, ()))
-        registry.cache_clear()
-        attnplan.cache_clear()
-        return registry()
-
-    yield install
-    monkeypatch.undo()
-    registry.cache_clear()
-    attnplan.cache_clear()
-
-
 HERE = __name__
 BUILT_IN = ["eager", "xformers", "flash", "compiled", "reference"]
 

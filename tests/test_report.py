@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import shutil
 import subprocess
@@ -17,23 +18,13 @@ from attnplan import AttentionSpec
 from attnplan import patterns as P
 from attnplan.cli import main
 from attnplan.plan import Plan
+from tests.drawn import LONGNET, MILLION, image
 
 pytest.importorskip("matplotlib")
-image = pytest.importorskip("PIL.Image")
 
-from attnplan.report import report, sections  # noqa: E402
-from attnplan.report.html import Html, bar, page, table, tag  # noqa: E402
+from attnplan.report import report, sections
+from attnplan.report.html import Html, bar, page, table, tag
 
-LONGNET = AttentionSpec(
-    seq_len=16_384, heads=12, head_dim=64, pattern=P.longnet([1024, 4096, 16_384], [1, 4, 16]), causal=True
-)
-MILLION = AttentionSpec(
-    seq_len=1_000_000,
-    heads=12,
-    head_dim=64,
-    pattern=P.longnet([2048 << i for i in range(10)], [1 << i for i in range(10)]),
-    causal=True,
-)
 VOID = {"meta", "link", "br", "img", "hr"}
 MARKUP = '<script>alert(1)</script><img src=x onerror="alert(2)">\'"&amp;'
 
@@ -134,7 +125,8 @@ def test_a_report_shows_four_pictures_and_every_id_once(written):
 
 
 def test_bars_are_as_long_as_the_shares(plan, written):
-    shares = [op.seconds / plan.predicted.seconds for op in plan.predicted.ops if op.seconds > 0]
+    times = [op.seconds for op in plan.predicted.ops if op.seconds > 0]
+    shares = [seconds / sum(times) for seconds in times]
     widths = [float(w) / 100 for w in re.findall(r'<i style="width: ([\d.]+)%">', written)]
     assert widths == pytest.approx(shares, abs=6e-4)
     assert sum(widths) == pytest.approx(1, abs=0.01)
@@ -235,6 +227,9 @@ def test_the_command_writes_the_page(tmp_path):
     assert result.exit_code == 0, result.output
     assert re.fullmatch(rf"wrote {re.escape(str(path))}, [\d.]+ KiB\n", result.output)
     harmless(path.read_text(encoding="utf-8"))
+    found = json.loads(CliRunner().invoke(main, ["report", *flags, "-o", str(path), "--json"]).output)
+    assert found == {"file": str(path), "bytes": path.stat().st_size, "plan": found["plan"]}
+    assert found["plan"].startswith("<Plan full() on a100: ")
     result = CliRunner().invoke(main, ["report", *flags, "-o", "/nowhere/plan.html"])
     assert result.exit_code == 2
     assert "cannot write '/nowhere/plan.html': No such file or directory" in result.output

@@ -340,10 +340,37 @@ def test_softcap():
     assert stats == bridge.Stats(plan_calls=LAYERS, fallbacks=0, reasons={})
 
 
-def test_softcap_without_a_plan_is_refused():
+@pytest.mark.parametrize("option", [{"softcap": 2.0}, {"s_aux": torch.zeros(2)}], ids=str)
+def test_what_stock_sdpa_has_not_is_refused_without_a_plan(option):
     q = torch.randn(1, 2, 4, 8)
-    with pytest.raises(SpecError, match=r"softcap=2\.0 needs a plan, but there is none: a dense mask"):
-        bridge.attention(torch.nn.Module(), q, q, q, torch.ones(1, 1, 4, 4, dtype=torch.bool), softcap=2.0)
+    with pytest.raises(SpecError, match=f"{next(iter(option))} needs a plan, but there is none: a dense mask"):
+        bridge.attention(torch.nn.Module(), q, q, q, torch.ones(1, 1, 4, 4, dtype=torch.bool), **option)
+
+
+def gpt_oss():
+    sizes = {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5, "eos_token_id": None}
+    model = hf.GptOssForCausalLM(hf.GptOssConfig(**sizes, num_local_experts=2, num_experts_per_tok=1)).eval()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks)
+    return model
+
+
+def test_sink_logits_of_a_model_and_their_gradients():
+    """gpt-oss has a sink logit for each head, and every second layer a window."""
+    ids = tokens()
+    model = gpt_oss()
+    with torch.no_grad():
+        error, stats = both(model, ids, "eager", attention_mask=padded(ids, "right"))
+    assert error <= TOLERANCE
+    assert stats == bridge.Stats(plan_calls=LAYERS, fallbacks=0, reasons={})
+    found = []
+    for name in ("eager", "attnplan"):
+        model.set_attn_implementation(name)
+        loss = model(ids).logits.square().mean()
+        found.append(torch.autograd.grad(loss, [layer.self_attn.sinks for layer in model.model.layers]))
+    for want, got in zip(*found, strict=True):
+        assert want.norm() > 0
+        assert relative(got, want) <= TOLERANCE
 
 
 def test_dropout_in_training_is_refused():
@@ -356,7 +383,6 @@ def test_dropout_in_training_is_refused():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("s_aux", "sink logits"),
         ("position_bias", "position bias"),
         ("cache", "paged"),
         ("output_attentions", "weights"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from attnplan.explain import facts
+from attnplan.explain import facts, require_one_device
 from attnplan.pictures.style import CATEGORIES, INK, MUTED, PAPER, plain, shortened, styled
 from attnplan.plan import Plan
 
@@ -31,7 +31,7 @@ class Point:
     rate: float
     """FLOP/s that the op reaches by prediction; for an op that only moves data, bytes/s."""
     share: float
-    """Share of the predicted time."""
+    """Share of the predicted time of all ops."""
     bound: str
 
 
@@ -45,13 +45,15 @@ def roofline_points(plan: Plan) -> list[Point]:
     >>> [(p.op, p.bound) for p in roofline_points(attnplan.compile(spec, device="h100"))]
     [('attend', 'compute')]
     """
+    require_one_device(plan, "a roofline")
     found = []
+    total = sum(op.seconds for op in plan.predicted.ops)
     for node, op in zip(plan.graph, plan.predicted.ops, strict=True):
         moved = op.cost.bytes + op.cost.copied
         if op.seconds > 0:
             rate = (op.cost.flops or moved) / op.seconds
             intensity = op.cost.flops / moved if moved else 0.0
-            found.append(Point(node.id, node.op.name, intensity, rate, op.seconds / plan.predicted.seconds, op.bound))
+            found.append(Point(node.id, node.op.name, intensity, rate, op.seconds / total, op.bound))
     return found
 
 
@@ -130,7 +132,8 @@ def _compute_axes(axes: Axes, plan: Plan, points: Sequence[Point]) -> None:
 
 def _memory_axes(axes: Axes, plan: Plan, points: Sequence[Point]) -> None:
     bandwidth = plan.device.bandwidth
-    moved = [p.rate * p.share * plan.predicted.seconds for p in points]
+    total = sum(op.seconds for op in plan.predicted.ops)
+    moved = [p.rate * p.share * total for p in points]
     bottom = min([p.rate for p in points] + [bandwidth / 10]) / 12
     low, high = min(moved, default=1e6) / 4, max(moved, default=1e9) * 40
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(bottom, bandwidth * 3))
@@ -158,9 +161,9 @@ def _plain_ticks(*axes: Any) -> None:
 def _scatter(axes: Axes, points: Sequence[Point], x: Sequence[float]) -> None:
     """Draw each op as a collection of its own, so that a reader of the file can tell them apart."""
     for point, place in zip(points, x, strict=True):
-        area = 24 + 700 * point.share
+        area, tint = 24 + 700 * point.share, _COLOURS.get(point.op, MUTED)
         axes.scatter(
-            [place], [point.rate], s=area, color=_COLOURS[point.op], alpha=0.65, linewidths=0.6, edgecolors=PAPER,
+            [place], [point.rate], s=area, color=tint, alpha=0.65, linewidths=0.6, edgecolors=PAPER,
             zorder=3, gid=f"op-{point.id}",
         )  # fmt: skip
 
@@ -235,8 +238,10 @@ def _names(points: Sequence[Point]) -> str:
 def _kinds(figure: Figure, points: Sequence[Point]) -> None:
     from matplotlib.lines import Line2D
 
-    kinds = [k for k in KINDS if any(p.op == k for p in points)]
-    handles = [Line2D([], [], marker="o", linestyle="", color=_COLOURS[k], alpha=0.7, label=k) for k in kinds]
+    kinds = sorted({p.op for p in points}, key=lambda k: (k not in KINDS, k))
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=_COLOURS.get(k, MUTED), alpha=0.7, label=k) for k in kinds
+    ]
     figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.012, 0.045), ncols=4, frameon=False, fontsize=8)
 
 

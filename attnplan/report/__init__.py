@@ -42,6 +42,8 @@ def report(plan: Plan) -> str:
     ------
     AttnPlanError
         If matplotlib is missing.
+    RingError
+        If the plan is for several ranks.
 
     Examples
     --------
@@ -50,6 +52,7 @@ def report(plan: Plan) -> str:
     '<p>2 &lt; 3</p>\n</body>\n</html>\n'
     """
     require_matplotlib()
+    explain.require_one_device(plan, "a report")
     facts = explain.facts(plan)
     made = tag("footer", f"Written by attnplan {version('attnplan')}.")
     shown = [section(plan, facts) for section in _SECTIONS]

@@ -94,7 +94,7 @@ def listing(content: str) -> Html:
 
 def ops(plan: Plan, facts: Facts) -> Html:
     """Return the table of ops with their shares of the time, the roofline, and the graph, folded."""
-    total = plan.predicted.seconds
+    total = sum(o["seconds"] for o in facts["ops"])  # of the ops: a call may wait for the host beside
     costly = [o for o in facts["ops"] if o["seconds"] > 0]
     free = len(facts["ops"]) - len(costly)
     note = f"{free} more ops are views and take no time. " if free else ""

@@ -1,0 +1,34 @@
+"""Specs and limits that the tests on CUDA share."""
+
+from __future__ import annotations
+
+import attrs
+
+from attnplan import AttentionSpec
+from attnplan import patterns as P
+
+OUTPUT = {"bfloat16": 4e-3, "float16": 1e-3, "float32": 2e-6}
+"""Largest relative L2 error of the output."""
+LSE = {"bfloat16": 1e-4, "float16": 1e-4, "float32": 2e-6}
+BASE = AttentionSpec(seq_len=512, heads=8, head_dim=64, batch=2, dtype="bfloat16")
+
+
+def spec_of(pattern=None, **options):
+    """Return the base with another pattern and other fields; keys and K/V heads follow the queries'."""
+    lengths = {"kv_len": options.get("seq_len", BASE.seq_len), **options}
+    heads = {"kv_heads": options.get("heads", BASE.heads), "value_dim": options.get("head_dim", BASE.head_dim)}
+    return attrs.evolve(BASE, pattern=pattern or P.full(), **{**heads, **lengths})
+
+
+SHARED = {
+    "full": spec_of(),
+    "causal": spec_of(causal=True),
+    "causal, odd length": spec_of(seq_len=301, causal=True),
+    "grouped queries": spec_of(causal=True, kv_heads=2),
+    "grouped longnet": spec_of(P.longnet([64, 128], [1, 2]), kv_heads=4, causal=True),
+    "longnet detached": spec_of(P.longnet([64, 128], [1, 2], mix="lse-detached"), causal=True),
+    "rows without a key": spec_of(P.longnet([64, 96], [4, 3]), seq_len=301),
+    "more queries": spec_of(seq_len=300, kv_len=100, causal=True),
+    "window": spec_of(P.window(64), causal=True),
+}
+"""What both the kernels of torch and those of other packages run."""
