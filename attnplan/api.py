@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -15,15 +16,11 @@ from attnplan import patterns as P
 from attnplan.calls import check_operand_names
 from attnplan.cost import Target, resolve
 from attnplan.cost.calibration import calibrated_at
-from attnplan.cost.model import demands
-from attnplan.cost.tiles import attend_tiles
 from attnplan.errors import SpecError
-from attnplan.ir.coverage import attend_coverage
 from attnplan.patterns import Mixture, Pattern
-from attnplan.patterns.indicators import indicator
 from attnplan.plan import Plan
 from attnplan.plan_ring import RingPlan
-from attnplan.search import Found, lowerings_clear, search
+from attnplan.search import Found, search
 from attnplan.search_ring import place_of, search_ring, sizes_of
 from attnplan.spec import OPERANDS, AttentionSpec
 from attnplan.units import parse_bytes
@@ -32,6 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _KEPT_PLANS = 256
+_REMEMBERING = tuple(f"attnplan.{layer}." for layer in ("patterns", "ir", "passes", "cost", "ring"))
+"""Modules whose functions remember what planning found."""
 
 
 @attrs.frozen
@@ -220,11 +219,11 @@ def cache_clear() -> None:
     """Forget every plan, and every graph and proof that planning remembers."""
     _plans.clear()
     _calls.clear()
-    lowerings_clear()
-    attend_coverage.cache_clear()
-    indicator.cache_clear()
-    attend_tiles.cache_clear()
-    demands.cache_clear()
+    for name, module in [*sys.modules.items()]:
+        if name == "attnplan.search" or name.startswith(_REMEMBERING):
+            for function in [*vars(module).values()]:
+                if hasattr(function, "cache_parameters"):
+                    function.cache_clear()
 
 
 def load(path: str | Path, stale: str = "error") -> Plan:

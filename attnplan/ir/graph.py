@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 import attrs
@@ -90,7 +91,7 @@ class Graph:
             raise PassError(f"%{node.id} takes rows of rows: a take reads an input, or what was received")
         if isinstance(node.op, Merge | Mix) and node.op.rows != self.nodes[-1].type.rows:
             raise PassError(f"%{node.id} {node.op.name} does not write every row of q once, in order")
-        inferred = node.op.infer([self.nodes[a].type for a in node.args])
+        inferred = _inferred(node.op, tuple(self.nodes[a].type for a in node.args))
         if inferred != node.type:
             raise PassError(f"%{node.id} {node.op.name} has type {node.type}, its operands make it {inferred}")
 
@@ -110,6 +111,12 @@ class Graph:
         return print_graph(self)
 
 
+@lru_cache(maxsize=2048)
+def _inferred(op: Op, types: tuple[TensorType, ...]) -> TensorType:
+    """Return the type of an op's result: a function of the op and of its operands' types alone."""
+    return op.infer(types)
+
+
 class Builder:
     """Builds a graph node by node; an equal node is built once."""
 
@@ -121,7 +128,7 @@ class Builder:
         """Append a node, its type inferred, and return its id."""
         key = (op, args)
         if key not in self._known:
-            inferred = op.infer([self._nodes[a].type for a in args])
+            inferred = _inferred(op, tuple(self._nodes[a].type for a in args))
             self._known[key] = len(self._nodes)
             self._nodes.append(Node(len(self._nodes), op, args, inferred))
         return self._known[key]

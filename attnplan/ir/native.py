@@ -20,7 +20,7 @@ A schedule says what its kernel knows as a set of words:
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import lru_cache, reduce
 from operator import and_
 
 import attrs
@@ -62,14 +62,18 @@ def lowered(graph: Graph, node: Node, native: frozenset[str]) -> Lowered | None:
     >>> lowered(graph, node, frozenset()) is None
     True
     """
-    op = node.op
-    assert isinstance(op, Attend)
-    q, k = (n.type.rows for n in graph.args(node)[:2])
+    assert isinstance(node.op, Attend)
+    args = graph.args(node)
+    whole = not any(isinstance(n.op, Take) for n in args)
+    return _lowered(node.op, args[0].type.rows, args[1].type.rows, whole, native)
+
+
+@lru_cache(maxsize=1024)
+def _lowered(op: Attend, q: RowMap, k: RowMap, whole: bool, native: frozenset[str]) -> Lowered | None:
     where, documents = split_documents(op.where)
-    if documents:
-        whole = not any(isinstance(n.op, Take) for n in graph.args(node))
-        if "documents" not in native or not whole or q.length != k.length or op.shift != 0 or op.at is not None:
-            return None
+    fits = "documents" in native and whole and q.length == k.length and op.shift == 0 and op.at is None
+    if documents and not fits:
+        return None
     window = native_window(attrs.evolve(op, where=where), q, k)
     if window is None or not knows(native, window, square=q.length == k.length):
         return None
