@@ -24,7 +24,7 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow and not timing'
+	OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/pytest -n 2 -m 'not slow and not timing'
 	$(BIN)/pytest -m 'timing and not slow'
 
 test-slow: $(VENV)/.ready

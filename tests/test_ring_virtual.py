@@ -17,12 +17,14 @@ import attnplan
 from attnplan import AttentionSpec
 from attnplan import patterns as P
 from attnplan.errors import MemoryBudgetError, NoBackendError, RingError, SpecError
+from attnplan.ir import Axis, RowMap
 from attnplan.ring.layouts import LAYOUTS
 from attnplan.ring.program import Hop
 from attnplan.ring.transports import TRANSPORTS
 from attnplan.runtime.ring import executor, merging
 from attnplan.runtime.ring.dry import dry_run
 from attnplan.runtime.ring.exchanges import Start, Wait
+from attnplan.runtime.ring.rows import Holding, assembly
 from attnplan.runtime.ring.virtual import VirtualRing
 from tests.ring_programs import virtual
 from tests.running import TOLERANCES, Call, assert_agree
@@ -410,3 +412,21 @@ def test_a_virtual_ring_on_a_gpu(name: str, strategy: str) -> None:
         spec = spec_of(name, 2, dtype, seq_len=1024, head_dim=64)
         plan = attnplan.compile(spec, device="cuda", strategy=strategy)
         assert all(c.passed for c in plan.verify().checks)
+
+
+def test_shards_are_put_together_as_views_where_each_is_a_box():
+    """A sequence lies shard by shard in messages, and outputs come home head by head."""
+    own = Holding((RowMap(0, 0, (Axis(4, head=1), Axis(8, row=1))),), 4)
+    rows = Holding((RowMap(2, 8, (Axis(2, head=1), Axis(8, row=1))),), 2)
+    heads = Holding((RowMap(4, 0, (Axis(2, head=1), Axis(16, row=1))),), 2)
+    values = [torch.randn(1, h.heads, h.length, 3) for h in (own, rows, heads)]
+    longer = Holding((RowMap(2, 0, (Axis(2, head=1), Axis(16, row=1))),), 2)
+    wider = Holding((RowMap(1, 2, (Axis(5, head=1), Axis(6, row=1))),), 5)
+    expected = (
+        torch.cat([values[0][:, 2:], values[1]], 2),
+        torch.cat([values[0][:, 1:, 2:8], values[2][:, :, 2:8]], 1),
+    )
+    for wanted, right in zip((longer, wider), expected, strict=True):
+        plan = assembly(wanted, (own, rows, heads))
+        assert [type(m.here) for m in plan.moves] == [RowMap, RowMap]
+        assert torch.equal(plan.gather(values, values[0]), right)

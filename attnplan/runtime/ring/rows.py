@@ -22,6 +22,8 @@ from attnplan.ring.program import kept_heads
 from attnplan.runtime import views
 
 Maps = tuple[RowMap, ...]
+_MOST_VIEWS = 64
+"""Most views that one map is cut into; an index moves what has more."""
 Indices = NDArray[np.int64]
 
 
@@ -260,11 +262,11 @@ def assembly(wanted: Holding, sources: tuple[Holding, ...]) -> Assembly:
     moves: list[Move] = []
     rest: list[int] = []
     for number, (one, here) in enumerate(wanted.pieces()):
-        found = None if here is None else _found(one, sources)
-        if found is None or here is None:
+        found = None if here is None else _views(one, here, sources)
+        if found is None:
             rest.append(number)
         elif one.elements_count:
-            moves.append(Move(found[0], here, found[1]))
+            moves += found
     if rest:
         moves += _by_index(wanted, sources, rest)
     return Assembly(wanted, tuple(moves), None, _is_slice(wanted, moves))
@@ -280,6 +282,42 @@ def _is_slice(wanted: Holding, moves: Sequence[Move]) -> bool:
 def _whole(source: int, held: Holding) -> Move:
     whole = RowMap(0, 0, (Axis(held.heads, head=1), Axis(held.length, row=1)))
     return Move(source, whole, whole)
+
+
+def _views(one: RowMap, here: RowMap, sources: Sequence[Holding]) -> list[Move] | None:
+    """Return the moves of a map as strided views, cut where it goes on in another source; None if only an index can.
+
+    A gathered sequence lies shard by shard in the messages of its owners, and outputs that come home head by head.
+    """
+    moves: list[Move] = []
+    while len(moves) < _MOST_VIEWS:
+        found = _found(one, sources)
+        if found is not None:
+            return [*moves, Move(found[0], here, found[1])]
+        cuts = ((axis, _prefix(one, axis, sources)) for axis in reversed(range(len(one.axes))))
+        axis, size = next(((a, n) for a, n in cuts if n), (0, 0))
+        found = _found(_steps(one, axis, 0, size), sources) if size else None
+        if found is None:
+            return None
+        moves.append(Move(found[0], _steps(here, axis, 0, size), found[1]))
+        one, here = (_steps(m, axis, size, m.axes[axis].size) for m in (one, here))
+    return None
+
+
+def _prefix(one: RowMap, axis: int, sources: Sequence[Holding]) -> int:
+    """Return how many steps of an axis lie in one source, from the first on."""
+    low, high = 0, one.axes[axis].size - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if _found(_steps(one, axis, 0, middle), sources) else (low, middle - 1)
+    return low
+
+
+def _steps(rows: RowMap, axis: int, start: int, stop: int) -> RowMap:
+    """Return a map with some steps of one axis."""
+    along = rows.axes[axis]
+    axes = (*rows.axes[:axis], attrs.evolve(along, size=stop - start), *rows.axes[axis + 1 :])
+    return RowMap(rows.head + start * along.head, rows.row + start * along.row, axes)
 
 
 def _found(one: RowMap, sources: Sequence[Holding]) -> tuple[int, RowMap] | None:
