@@ -114,7 +114,7 @@ class Figure:
 
         def row(**wanted: Any) -> Any:
             rows = data["rows"] if isinstance(data, dict) else data
-            return next(r for r in rows if all(r[k] == v for k, v in wanted.items()))
+            return next(r for r in rows if all(r.get(k) == v for k, v in wanted.items()))
 
         value = eval(self.expression, {"data": data, "row": row})  # an expression of our own pages
         number = re.search(r"[\d,]+(?:\.(\d+))?", self.shown)

@@ -145,7 +145,7 @@ def test_a_wrong_lse_alone_is_caught(monkeypatch):
 
 def test_a_dropped_mask_is_caught(monkeypatch):
     wrapped(monkeypatch, masks.MaskBuilder, "forward", lambda original: lambda *args: original(*args) | True)
-    assert_caught(WINDOW, "output")
+    assert_caught(WINDOW, "output", strategy="dense")
 
 
 def test_a_kernel_that_forgets_causality_is_caught(monkeypatch):

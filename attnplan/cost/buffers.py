@@ -68,7 +68,7 @@ def bias_bytes(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec, *, whole: 
     if not op.biases:
         return 0
     acc, alone = 8 if spec.dtype == "float64" else 4, op.biases == ("bias",)
-    pairs = prod(q.sizes) * k.length * spec.batch * acc
+    pairs = prod(q.sizes) * -(-k.length // 16) * 16 * spec.batch * acc  # rows of scores are padded
     if plain:
         return 0 if alone and whole else pairs
     apart = prod(a.size for a in q.batch if a.row) * q.length * k.length  # distances
@@ -76,6 +76,6 @@ def bias_bytes(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec, *, whole: 
     total = 0
     if spec.training and not whole and "bias" in op.biases:  # two gradients of the whole bias
         total = 2 * spec.heads * spec.shape.seq_len * spec.shape.kv_len * acc
-    small = made * pairs // 16 + 2**12  # positions, and what is padded to whole blocks
+    small = made * pairs // 16 + 2**12  # positions
     sinks = spec.batch * spec.heads * spec.shape.seq_len * spec.value_dim * acc if spec.sink_logits else 0
     return made * pairs + small + total + sinks + (0 if alone else 4 * apart)

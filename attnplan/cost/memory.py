@@ -13,7 +13,7 @@ from math import prod
 import attrs
 
 from attnplan.cost.buffers import bias_bytes, flash_cpu, looked_up, mask_elements
-from attnplan.cost.rules import Setting, value_bytes
+from attnplan.cost.rules import Setting, value_bytes, with_tiles
 from attnplan.cost.tiles import attend_tiles, fullest_row
 from attnplan.ir import Attend, Graph, Merge, Mix, Node, Output, Take
 from attnplan.ir.launch import launches
@@ -256,16 +256,16 @@ class _Model:
         if slot_condition(op, q, k) != "mask":
             causal = self.plain and slot_condition(op, q, k) == "causal"
             return 0, 2 * q.length * k.length if causal else 0
+        if self.setting.kernel.skips:
+            return self._tables(node, with_tiles(op, self.setting.kernel)), 0
         if lowered(self.graph, node, self.setting.kernel.native) is not None:
             return 0, 0
         pairs = self._round(mask_elements(op, *mask_rows(op, q, k), self.setting.batch, self.setting.spec))
         made = pairs if self.plain else pairs * (1 + self.item)  # its complement, and what is added to scores
         if op.loop is not None:
             made = pairs
-        building = (
-            34 if self.kind == "cpu" and looked_up(op.where) else 2
-        ) * pairs  # two conditions before they are joined
-        return pairs, max(made, building - self._workspace(node))
+        each = 34 if self.kind == "cpu" and looked_up(op.where) else 2  # two conditions before they are joined
+        return pairs, max(made, each * pairs - self._workspace(node))
 
     def _workspace(self, node: Node) -> int:
         """Return the bytes that the kernel allocates in the forward, or the scores of plain torch."""

@@ -17,7 +17,7 @@ import attrs
 
 from attnplan.errors import RingError
 
-GRACE = 2.0
+GRACE = 3.5
 """Seconds for which a rank that failed waits for the reports of the others."""
 _ANSWER = 1.0
 """Seconds in which a store answers that is there."""
