@@ -6,7 +6,6 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from attnplan.calls import check_operand_names
 from attnplan.cost import Target, resolve
 from attnplan.cost.calibration import calibrated_at
 from attnplan.errors import SpecError
+from attnplan.packages import installed
 from attnplan.patterns import Mixture, Pattern
 from attnplan.plan import Plan
 from attnplan.plan_ring import RingPlan
@@ -88,14 +88,7 @@ def fingerprint() -> str:
     """Return the versions on which a plan depends."""
     global _fingerprint
     if _fingerprint is None:
-        names = ("attnplan", "torch", "triton", "xformers", "mslk", "flash-attn", "flash-attn-3", "flash-attn-4")
-        found = []
-        for name in names:
-            try:
-                found.append(f"{name} {metadata.version(name)}")
-            except metadata.PackageNotFoundError:
-                continue
-        _fingerprint = ", ".join(found)
+        _fingerprint = ", ".join(f"{name} {version}" for name, version in installed().items())
     return _fingerprint
 
 

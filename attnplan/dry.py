@@ -16,7 +16,7 @@ from attnplan.ring.mesh import Mesh
 from attnplan.ring.price import Kernel
 from attnplan.ring.program import ITEM_BYTES
 from attnplan.spec import AttentionSpec
-from attnplan.units import format_bytes, format_count, format_seconds
+from attnplan.units import format_bytes, format_count, format_factor, format_seconds
 
 SHOWN_HOPS = 12
 """Most hops in the table."""
@@ -183,8 +183,7 @@ def _others(others: list[dict[str, Any]], best: float) -> Iterator[str]:
         if other["refused"]:
             yield f"{label}{other['name']:<{width}}  refused   {other['refused']}"
             continue
-        ratio = other["seconds"] / best
-        factor = f"+{100 * (ratio - 1):.0f} %" if ratio < 2 else f"x {ratio:.3g}"
+        factor = format_factor(other["seconds"] / best)
         about = "about " if other["estimated"] else ""
         yield (
             f"{label}{other['name']:<{width}}  {about}{format_seconds(other['seconds']):<9} {factor:<8} "

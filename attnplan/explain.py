@@ -12,7 +12,7 @@ from attnplan.ir import Attend, Graph, Input, Merge, Mix, Node, Output, Receive,
 from attnplan.ir.slots import slot_condition
 from attnplan.search import Candidate
 from attnplan.spec import AttentionSpec, Dim
-from attnplan.units import format_bytes, format_count, format_seconds
+from attnplan.units import format_bytes, format_count, format_factor, format_seconds
 
 if TYPE_CHECKING:
     from attnplan.measure import Measured
@@ -335,7 +335,6 @@ def _others(others: list[dict[str, Any]], best: float) -> Iterator[str]:
             yield f"{label}{other['name']:<{width}}  refused   {reasons[0]}"
             yield from (f"{'':<{11 + width}}            {reason}" for reason in reasons[1:])
             continue
-        ratio = other["seconds"] / best
-        factor = f"+{100 * (ratio - 1):.0f} %" if ratio < 2 else f"x {ratio:.3g}"
+        factor = format_factor(other["seconds"] / best)
         peak = format_bytes(other["peak_bytes"])
         yield f"{label}{other['name']:<{width}}  {format_seconds(other['seconds']):<9} {factor:<8} peak {peak}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnplan.explain import _shape_line, _share, title
 from attnplan.ring.choose import candidate_facts
-from attnplan.units import format_bytes, format_count, format_seconds
+from attnplan.units import format_bytes, format_count, format_factor, format_seconds
 
 if TYPE_CHECKING:
     from attnplan.plan_ring import RingPlan
@@ -90,7 +90,6 @@ def _others(others: list[dict[str, Any]], best: float) -> Iterator[str]:
         if other["refused"]:
             yield f"{label}{other['name']:<{width}}  refused   {other['refused']}"
             continue
-        ratio = other["seconds"] / best if best else 1.0
-        factor = f"+{100 * (ratio - 1):.0f} %" if ratio < 2 else f"x {ratio:.3g}"
+        factor = format_factor(other["seconds"] / best if best else 1.0)
         received = format_bytes(other["received_bytes"])
         yield f"{label}{other['name']:<{width}}  {format_seconds(other['seconds']):<9} {factor:<8} receives {received}"

@@ -116,3 +116,14 @@ def parse_count(text: int | str) -> int:
     if number <= 0 or number != int(number):
         raise SpecError(f"cannot read {text!r} as a count: write a whole number, or one with k, m or g, such as 64k")
     return int(number)
+
+
+def format_factor(ratio: float) -> str:
+    """Write how many times as long as another something takes: in per cent more up to twice, then as a factor.
+
+    Examples
+    --------
+    >>> format_factor(1.18), format_factor(3.456)
+    ('+18 %', 'x 3.46')
+    """
+    return f"+{100 * (ratio - 1):.0f} %" if ratio < 2 else f"x {ratio:.3g}"

@@ -7,6 +7,7 @@ depends on those rows only, and can be computed exactly in float64 in O(rows x k
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -62,20 +63,36 @@ class Report:
 
 def verify_plan(plan: Plan, rows: int, seed: int) -> Report:
     """Verify a plan; see :meth:`attnplan.Plan.verify`."""
-    start = time.perf_counter()
     spec = plan.spec
-    check_coverage(spec_coverage(spec), coverage(plan.graph), "the plan")
+
+    def prove() -> None:
+        check_coverage(spec_coverage(spec), coverage(plan.graph), "the plan")
+
+    return judged(plan, rows, prove, lambda: _compare(plan, rows, seed), ("the coverage", repr(plan)))
+
+
+def judged(
+    plan: Plan,
+    rows: int,
+    prove: Callable[[], object],
+    compare: Callable[[], tuple[Check, ...]],
+    names: tuple[str, str],
+) -> Report:
+    """Prove a plan, then compare its numbers; ``names`` are what is proved, and what the plan is called in errors."""
+    start = time.perf_counter()
+    prove()
     proof_seconds = time.perf_counter() - start
+    proved, who = names
     if plan.target.torch_device is None:
-        raise NoBackendError(f"the coverage is proved, but {plan.device.title} is not here to check numbers on")
+        raise NoBackendError(f"{proved} is proved, but {plan.device.title} is not here to check numbers on")
     if rows < 1:
         raise SpecError(f"verify needs at least one row, got {rows}")
-    checks = _compare(plan, rows, seed)
+    checks = compare()
     report = Report(rows, checks, proof_seconds, time.perf_counter() - start - proof_seconds)
     wrong = [c for c in checks if not c.passed]
     if wrong:
-        names = ", ".join(f"{c.name} {c.error:.2e} > {c.tolerance:.0e}" for c in wrong)
-        raise VerifyError(f"{plan!r} differs from float64 on {rows} sampled rows: {names}")
+        found = ", ".join(f"{c.name} {c.error:.2e} > {c.tolerance:.0e}" for c in wrong)
+        raise VerifyError(f"{who} differs from float64 on {rows} sampled rows: {found}")
     return report
 
 

@@ -6,11 +6,9 @@ and zero elsewhere, so that the gradients of all keys, on every rank, depend on 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from attnplan.errors import NoBackendError, SpecError, VerifyError
 from attnplan.ring.proof import check_ring
 from attnplan.verify import (
     GRADIENT_TOLERANCES,
@@ -18,6 +16,7 @@ from attnplan.verify import (
     Check,
     Report,
     _lse_error,
+    judged,
     random_inputs,
     random_operands,
     relative_error,
@@ -32,20 +31,8 @@ if TYPE_CHECKING:
 
 def verify_ring(plan: RingPlan, rows: int, seed: int) -> Report:
     """Verify a plan over several ranks; see :meth:`attnplan.plan_ring.RingPlan.verify`."""
-    start = time.perf_counter()
-    check_ring(plan.programs, plan.spec)
-    proof_seconds = time.perf_counter() - start
-    if plan.target.torch_device is None:
-        raise NoBackendError(f"the ring is proved, but {plan.device.title} is not here to check numbers on")
-    if rows < 1:
-        raise SpecError(f"verify needs at least one row, got {rows}")
-    checks = _compare(plan, rows, seed)
-    report = Report(rows, checks, proof_seconds, time.perf_counter() - start - proof_seconds)
-    wrong = [c for c in checks if not c.passed]
-    if wrong:
-        names = ", ".join(f"{c.name} {c.error:.2e} > {c.tolerance:.0e}" for c in wrong)
-        raise VerifyError(f"{plan!r}, rank {plan.rank}, differs from float64 on {rows} sampled rows: {names}")
-    return report
+    names = "the ring", f"{plan!r}, rank {plan.rank},"
+    return judged(plan, rows, lambda: check_ring(plan.programs, plan.spec), lambda: _compare(plan, rows, seed), names)
 
 
 def _compare(plan: RingPlan, rows: int, seed: int) -> tuple[Check, ...]:

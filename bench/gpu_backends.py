@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch import Tensor
 from attnplan import AttentionSpec
 from attnplan import patterns as P
 from attnplan.cost import Target, resolve
+from attnplan.packages import PACKAGES, installed
 from attnplan.patterns.tiles import block_table
 from attnplan.plan import Plan
 from attnplan.runtime.kernels_flash import block_tensors
@@ -35,7 +36,6 @@ from attnplan.runtime.tables import block_lists
 from attnplan.search import Found, _options
 from attnplan.units import format_seconds
 
-PACKAGES = ("torch", "xformers", "mslk", "flash-attn", "flash-attn-3", "flash-attn-4", "triton")
 KEEPS = (0.5, 0.2, 0.1, 0.05, 0.02)
 WARM_UPS = 5
 HOPELESS = 6
@@ -289,14 +289,13 @@ def _flat(times: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def environment(setting: Setting) -> dict[str, Any]:
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     device = torch.cuda.get_device_name() if _gpu(setting) else platform.processor() or "cpu"
-    return {"device": device, "versions": versions, "python": platform.python_version(), "rounds": setting.rounds}
+    return {
+        "device": device,
+        "versions": installed(PACKAGES),
+        "python": platform.python_version(),
+        "rounds": setting.rounds,
+    }
 
 
 def main() -> None:

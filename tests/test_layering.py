@@ -14,7 +14,7 @@ FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 
 # Lowest first; the parts of one row may import one another.
 LAYERS = (
-    ("errors", "units"),
+    ("errors", "units", "packages"),
     ("patterns",),
     ("spec",),
     ("ir",),

@@ -10,7 +10,7 @@ import json
 import platform
 from collections.abc import Mapping
 from functools import lru_cache
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from attnplan.cost import cache
 from attnplan.cost.device import Device, Target
 from attnplan.cost.parameters import CALIBRATED, SHIPPED, Parameters, defaults
 from attnplan.errors import SpecError
+from attnplan.packages import PACKAGES, installed
 
 SCHEMA = 1
 """Version of calibration files."""
-PACKAGES = ("torch", "triton", "xformers", "mslk", "flash-attn", "flash-attn-3", "flash-attn-4")
 KIN = {"cpu": "cpu-2core"}
 """Devices without a calibration of their own, and whose they use."""
 
@@ -35,18 +35,12 @@ def fingerprint(device: Device) -> dict[str, Any]:
     >>> sorted(fingerprint(resolve("cpu").device))
     ['device', 'driver', 'memory', 'units', 'versions']
     """
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "device": device.name if device.kind == "cuda" else _cpu_model(),
         "units": device.units,
         "memory": device.memory,
         "driver": _driver() if device.kind == "cuda" else None,
-        "versions": versions,
+        "versions": installed(PACKAGES),
     }
 
 

@@ -6,14 +6,13 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from attnplan.errors import SpecError
+from attnplan.packages import installed
 from attnplan.units import format_seconds
 
-PACKAGES = ("attnplan", "torch", "triton", "xformers", "mslk", "flash-attn", "flash-attn-3", "flash-attn-4")
 SCHEMA = 1
 """Version of the files that :func:`write_rows` writes."""
 
@@ -28,12 +27,6 @@ def environment() -> dict[str, Any]:
     """
     import torch
 
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     gpu = torch.cuda.is_available()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
@@ -45,7 +38,7 @@ def environment() -> dict[str, Any]:
         "cores": cores,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": installed(),
     }
 
 

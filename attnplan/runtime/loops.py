@@ -15,7 +15,7 @@ from torch import Tensor
 from attnplan.errors import SpecError
 from attnplan.ir import Graph, Output
 from attnplan.passes.chunk import Part, Piece, kv_heads, normal, parts, without_loop
-from attnplan.runtime.first_order import FirstOrder
+from attnplan.runtime.first_order import first_order
 from attnplan.runtime.masks import MaskBuilder
 from attnplan.runtime.views import accumulator, empty_like_rows
 
@@ -189,9 +189,7 @@ class _Looped(torch.autograd.Function):
         grad = torch.zeros_like(given[3]) if grad is None else grad
         with torch.no_grad():
             gradients = ctx.program.gradients((grad, grad_lse), given, ctx.operands)
-        if torch.is_grad_enabled():  # only under create_graph=True
-            gradients = FirstOrder.apply(*(x.detach().requires_grad_() for x in gradients))  # type: ignore[no-untyped-call]
-        return None, None, *gradients
+        return None, None, *first_order(gradients)
 
 
 def of_batch(operands: Mapping[str, Any], batch: slice) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from attnplan.backends.base import Program, Schedule
 from attnplan.ir import Attend, Graph
 from attnplan.runtime.chunks import ChunkedAttend, Sizes
-from attnplan.runtime.first_order import FirstOrder
+from attnplan.runtime.first_order import first_order
 from attnplan.runtime.flex import FlexAttend, Options
 from attnplan.runtime.scores import learned, sink_gradient, sunk
 from attnplan.runtime.views import with_features_in_line
@@ -162,6 +162,4 @@ class _Chunked(torch.autograd.Function):
         operands = {**ctx.operands, **dict(zip(ctx.names, saved[5:], strict=True))}
         with torch.no_grad():
             gradients = ctx.chunked.backward((grad, grad_lse), saved[:5], operands, ctx.names)
-        if torch.is_grad_enabled():  # only under create_graph=True
-            gradients = FirstOrder.apply(*(x.detach().requires_grad_() for x in gradients))  # type: ignore[no-untyped-call]
-        return None, None, None, *gradients
+        return None, None, None, *first_order(gradients)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from attnplan.errors import SpecError
-from attnplan.runtime.first_order import FirstOrder
+from attnplan.runtime.first_order import first_order
 from attnplan.runtime.ranges import run
 from attnplan.runtime.scores import learned
 from attnplan.runtime.views import with_features_in_line
@@ -103,9 +103,7 @@ class _Fused(torch.autograd.Function):
         with torch.no_grad():
             given = (grad, grad_lse, operands, q, k, v, out, lse, *saved)
             gradients = ctx.program.run_backward(ctx.names, *given)
-        if torch.is_grad_enabled():  # only under create_graph=True
-            gradients = FirstOrder.apply(*(x.detach().requires_grad_() for x in gradients))  # type: ignore[no-untyped-call]
-        return None, None, None, *gradients
+        return None, None, None, *first_order(gradients)
 
 
 @attrs.frozen(eq=False)

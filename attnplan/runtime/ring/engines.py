@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnplan.errors import RingError
 from attnplan.ir import RowMap
+from attnplan.runtime.first_order import RING, first_order
 from attnplan.runtime.ring.exchanges import Routine, run
 from attnplan.runtime.ring.executor import Pair, Rank, Result, Triple
 from attnplan.runtime.ring.faults import Board, LostError, Report, error_of
@@ -221,29 +222,12 @@ class _Ring(torch.autograd.Function):
             grad = saved[0].queries.new_zeros(ctx.out_shape)
         with torch.no_grad():
             gradients = ctx.engine.backward((grad, grad_lse), saved, k, v, ctx.operands)
-        if torch.is_grad_enabled():  # only under create_graph=True
-            gradients = FirstOrder.apply(*(x.detach().requires_grad_() for x in gradients))  # type: ignore[no-untyped-call]
-        return None, None, *gradients
+        return None, None, *first_order(gradients, RING)
 
 
 def _tensors(result: Result) -> list[Tensor]:
     found = [result.queries, *(x for pair in result.parts for x in pair)]
     return found if result.total is None else [*found, result.total]
-
-
-class FirstOrder(torch.autograd.Function):
-    """Marks gradients that have none of their own."""
-
-    @staticmethod
-    def forward(ctx: Any, *gradients: Tensor) -> Any:
-        return tuple(x.view_as(x) for x in gradients)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        raise RuntimeError(
-            "a ring cannot be differentiated twice: its backward has first-order gradients only; for second "
-            'derivatives compile with backend="reference", without mesh or ring_size'
-        )
 
 
 def call(engine: Engine, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
