@@ -92,10 +92,11 @@ def _results(chosen: Sequence[Mutant], workers: Sequence[Worker], limit: float) 
         readable = wait([w.pipe for w in workers], None if soonest == float("inf") else soonest - time.monotonic())
         for worker in workers:
             result = None
-            if worker.pipe in readable:
-                result = worker.collect()
-            elif time.monotonic() > worker.deadline:
+            # The deadline comes first: an answer that is late counts as none, however the two race.
+            if time.monotonic() >= worker.deadline:
                 result = worker.replace("timeout")
+            elif worker.pipe in readable:
+                result = worker.collect()
             if result is not None:
                 missing -= 1
                 yield result
