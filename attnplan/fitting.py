@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import attrs
 
 from attnplan.cost import Prediction
-from attnplan.cost.memory import peak_memory, peak_of_some
+from attnplan.cost.memory import floor_of_loop, peak_memory, peak_of_some
 from attnplan.cost.rules import KernelModel, Setting
 from attnplan.ir import Graph, Output
 from attnplan.ir.coverage import Coverage
+from attnplan.passes.alike import bodies
 from attnplan.passes.base import Pass
-from attnplan.passes.chunk import Chunk, kv_heads, normal, parts, unloopable
+from attnplan.passes.chunk import Chunk, kv_heads, unloopable
 from attnplan.passes.pipeline import Pipeline, Step
 from attnplan.passes.recompute import Recompute, saves_more
 from attnplan.spec import AttentionSpec
@@ -40,7 +41,7 @@ class Way:
         output = looped.output.op
         if not isinstance(output, Output) or output.loop is None:
             return self.accepts(looped)
-        return all(self.accepts(body) for body in {normal(p.graph) for p in parts(looped) if p.graph is not None})
+        return all(self.accepts(body) for body, _ in bodies(looped))
 
 
 @attrs.frozen
@@ -130,6 +131,8 @@ def fit(graph: Graph, way: Way, budget: int, expected: Coverage) -> Fitted | Non
         block = one.rewrite.block if isinstance(one.rewrite, Chunk) else None
         if block in done:
             continue
+        if _floor(graph, one, way) > budget:
+            continue
         looped = one.graph(graph)
         if not may_fit(looped, way, budget):
             continue
@@ -160,20 +163,54 @@ def may_fit(looped: Graph, way: Way, budget: int) -> bool:
     return peak_of_some(looped, Setting.of(looped, way.spec, way.kernel), way.kind) <= budget
 
 
-def least(graph: Graph, way: Way) -> tuple[int, str] | None:
-    """Return the smallest peak that any variant of a graph has, and which one; None if it cannot be looped over."""
-    best: tuple[int, str] | None = None
-    blocks: dict[tuple[int, int], None] = {}
-    for one in reversed(list(variants(graph, way.spec, plain=way.kernel.materialises))):
-        block = one.rewrite.block if isinstance(one.rewrite, Chunk) else None
-        if block is not None:
-            blocks.setdefault(block)
-            if block != next(iter(blocks)):  # larger blocks of scores need more
-                continue
-        looped = one.graph(graph)
-        if best is not None and not may_fit(looped, way, best[0] - 1):
-            continue
+def _floor(graph: Graph, one: Variant, way: Way) -> int:
+    """Return what a variant needs for sure: most that do not fit are refused by it, before they are cut into pieces."""
+    rewrite = one.rewrite
+    if not isinstance(rewrite, Chunk) or rewrite.loop is None:
+        return 0
+    return floor_of_loop(graph, Setting.of(graph, way.spec, way.kernel), rewrite.loop)
+
+
+@attrs.frozen
+class Least:
+    """The smallest peak that any variant has."""
+
+    need: int
+    """Bytes."""
+    index: int
+    """Which of the graphs it is a variant of."""
+    title: str
+
+
+def least(options: Sequence[tuple[Graph, Way]], below: int) -> Least | None:
+    """Return the smallest peak below so many bytes that any variant of some graphs has; None if there is none.
+
+    The variants are ordered by lower bounds, those of a few of their pieces; all pieces are looked at where the bound
+    is below what was found so far.
+    """
+    bounds: list[tuple[int, int, int, Variant, Graph]] = []
+    for index, (graph, way) in enumerate(options):
+        for one in _smallest_blocks(graph, way):
+            if _floor(graph, one, way) < below:
+                looped = one.graph(graph)
+                bound = peak_of_some(looped, Setting.of(looped, way.spec, way.kernel), way.kind)
+                bounds.append((bound, index, len(bounds), one, looped))
+    best: Least | None = None
+    for bound, index, _, one, looped in sorted(bounds, key=lambda b: b[:3]):
+        if bound >= below:
+            break
+        way = options[index][1]
         need = peak_memory(looped, Setting.of(looped, way.spec, way.kernel), way.kind).total
-        if (best is None or need < best[0]) and way.runs(looped):
-            best = need, one.title
+        if need < below and way.runs(looped):
+            below, best = need, Least(need, index, one.title)
     return best
+
+
+def _smallest_blocks(graph: Graph, way: Way) -> Iterator[Variant]:
+    """Iterate over the variants of a graph that may need least: larger blocks of scores need more."""
+    found = list(variants(graph, way.spec, plain=way.kernel.materialises))
+    blocks = [one.rewrite.block for one in found if isinstance(one.rewrite, Chunk) and one.rewrite.block is not None]
+    for one in reversed(found):
+        block = one.rewrite.block if isinstance(one.rewrite, Chunk) else None
+        if block is None or block == blocks[-1]:
+            yield one

@@ -100,6 +100,8 @@ def stream(
 
 
 def _check(spec: AttentionSpec, operands: Mapping[str, Any]) -> None:
+    if spec.bias:
+        raise SpecError("a bias is as large as the scores of a whole call and would lie on the device: not streamed")
     if not spec.is_static:
         raise SpecError("a stream needs lengths that are known: compile for spec.at(seq_len, kv_len)")
     check_operand_names(operands, spec.operands)

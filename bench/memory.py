@@ -86,7 +86,9 @@ def call_of(plan: Plan, device: str, seed: int = 0) -> Callable[[], tuple[Tensor
         "v": (spec.kv_heads, shape.kv_len, spec.value_dim),
         "grad": (spec.heads, shape.seq_len, spec.value_dim),
     }
-    q, k, v, grad = (torch.randn(spec.batch, *s, device=device, dtype=dtype) for s in sizes.values())
+    swap = spec.layout == "bshd"
+    orders = ((rows, heads, features) if swap else (heads, rows, features) for heads, rows, features in sizes.values())
+    q, k, v, grad = (torch.randn(spec.batch, *order, device=device, dtype=dtype) for order in orders)
 
     def run() -> tuple[Tensor, ...]:
         if not spec.training:
@@ -165,8 +167,11 @@ def smallest(spec: AttentionSpec, device: str) -> int:
 def row(name: str, spec: AttentionSpec, share: float, device: str, rounds: int) -> dict[str, Any]:
     """Compile one spec under one budget, run it, and compare."""
     fastest = attnplan.compile(spec, device=device)
+    start = time.perf_counter()
     budget = smallest(spec, device) if share == 0.0 else max(1, int(fastest.predicted.peak_bytes * share))
     found: dict[str, Any] = {"name": name, "share": share, "budget": budget, "device": device}
+    if share == 0.0:
+        found["refusing"] = time.perf_counter() - start  # one byte, which nothing meets
     start = time.perf_counter()
     try:
         plan = attnplan.compile(spec, device=device, max_memory=budget)
@@ -230,8 +235,8 @@ def line(found: dict[str, Any]) -> str:
     )
 
 
-def summary(found: list[dict[str, Any]]) -> dict[str, int]:
-    """Return how many rows do what they must."""
+def summary(found: list[dict[str, Any]]) -> dict[str, float]:
+    """Return how many rows do what they must, and how long the slowest refusal took."""
     run = [r for r in found if "measured" in r]
     return {
         "rows": len(found),
@@ -241,6 +246,7 @@ def summary(found: list[dict[str, Any]]) -> dict[str, int]:
         "over_budget": sum(not r["fits"] for r in run),
         "predicted_below": sum(r["below"] for r in run),
         "predicted_far": sum(not r["close"] for r in run),
+        "slowest_refusal": max((r["refusing"] for r in found if "refusing" in r), default=0.0),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import attrs
@@ -14,17 +15,19 @@ import attnplan
 from attnplan import AttentionSpec
 from attnplan import patterns as P
 from attnplan.errors import MemoryBudgetError, PassError, SpecError
-from attnplan.fitting import variants
+from attnplan.fitting import BLOCKS, LEAST_ROWS, variants
 from attnplan.ir import Attend, Axis, Graph, Output, RowMap, parse_graph, print_graph
 from attnplan.lower import lower
 from attnplan.passes import Chunk, Step, chunk
 from attnplan.passes import cut as cuts
+from attnplan.passes.alike import bodies
 from attnplan.passes.chunk import Piece, normal, parts, pieces, restrict, unloopable, without_loop
 from attnplan.passes.cut import cut
 from attnplan.plan import Plan
 from attnplan.runtime import loops
 from attnplan.search import Candidate, Found, Lowered, lowerings
 from tests.running import Call, assert_agree, every_plan, way
+from tests.score_calls import by_plan, drawn, expected, numbers
 
 SHAPE: dict[str, Any] = {"seq_len": 37, "heads": 4, "head_dim": 8, "dtype": "float64"}
 MASK = torch.ones(2, 37, dtype=torch.bool)
@@ -33,7 +36,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "full": ({"pattern": P.full(), "kv_heads": 2}, {}),
     "causal": ({"causal": True}, {}),
     "cross": ({"causal": True, "kv_len": 50, "kv_heads": 2}, {}),
-    "window": ({"pattern": P.window(7), "causal": True, "softcap": 4.0}, {}),
+    "window": ({"pattern": P.window(7), "causal": True}, {}),
+    "softcap": ({"pattern": P.window(7), "causal": True, "softcap": 4.0}, {}),
     "longnet": ({"pattern": P.longnet([8, 32], [1, 4]), "causal": True, "kv_heads": 2}, {}),
     "ragged longnet": ({"pattern": P.longnet([7, 16, 31], [1, 2, 5])}, {}),
     "grouped": ({"pattern": P.grouped([8, 32], [1, 2])}, {}),
@@ -75,7 +79,101 @@ def test_loops_compute_the_same_forward_and_backward(name):
                 continue
             assert_agree(call.got(looped(plan, loop, block)), want, 1e-12, f"{way(plan)} {loop} {block}")
             tried += 1
-    assert tried >= 4
+    assert tried >= len(LOOPS)
+
+
+SCORES: dict[str, dict[str, Any]] = {
+    "sinks": {"sink_logits": True, "causal": True, "kv_heads": 2},
+    "sinks, rows without a key": {"sink_logits": True, "pattern": P.dilated(8, 3, 1)},
+    "sinks, pieces without a key": {"sink_logits": True, "causal": True, "kv_len": 11},
+    "bias": {"bias": True, "causal": True, "kv_heads": 2},
+    "bias, longnet": {"bias": True, "pattern": P.longnet([8, 32], [1, 4])},
+    "slopes": {"alibi_slopes": True, "causal": True},
+    "all, longnet": {"bias": True, "alibi_slopes": True, "sink_logits": True, "pattern": P.longnet([8, 32], [1, 4])},
+    "all, dilated": {"bias": True, "alibi_slopes": True, "sink_logits": True, "pattern": P.dilated(8, 2, "interleave")},
+}
+WITHOUT_BLOCKS = ((1, 1, 16), (2, 2, 10), (1, 4, 37))
+
+
+@pytest.mark.parametrize(
+    "name", [n if "all" in n or "pieces" in n else pytest.param(n, marks=pytest.mark.slow) for n in SCORES]
+)
+def test_loops_bring_each_piece_its_part_of_the_score_operands(name):
+    spec = AttentionSpec(**{**SHAPE, "batch": 2, **SCORES[name]})
+    operands, tried = drawn(spec), 0
+    want = numbers(lambda q, k, v, own: expected(spec, q, k, v, own), spec, operands)
+    for plan in every_plan(spec):
+        for loop in WITHOUT_BLOCKS:
+            if plan.backend == "eager" and not unloopable(plan.graph, loop, None):
+                got = numbers(by_plan(looped(plan, loop, None)), spec, operands)
+                for what, value in want.items():
+                    assert torch.allclose(got[what], value, rtol=1e-11, atol=1e-11), (what, way(plan), loop)
+                tried += 1
+    assert tried >= len(WITHOUT_BLOCKS)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 37, 37), (2, 1, 37, 1), *(pytest.param(s, marks=pytest.mark.slow) for s in ((4, 1, 37), (2, 4, 37, 37)))],
+)
+def test_a_bias_that_broadcasts_is_cut_where_it_can_be(shape):
+    spec = AttentionSpec(**{**SHAPE, "batch": 2, "bias": True, "pattern": P.longnet([8, 32], [1, 4])})
+    operands = drawn(spec, shape)
+    want = numbers(lambda q, k, v, own: expected(spec, q, k, v, own), spec, operands)
+    for plan in every_plan(spec):
+        if plan.backend == "eager":
+            got = numbers(by_plan(looped(plan, (1, 1, 16), None)), spec, operands)
+            torch.testing.assert_close(got["grad bias"], want["grad bias"], rtol=1e-11, atol=1e-11)
+            torch.testing.assert_close(got["output"], want["output"], rtol=1e-11, atol=1e-11)
+
+
+def test_slopes_of_each_batch_element_go_with_it():
+    spec = AttentionSpec(**{**SHAPE, "batch": 2, "alibi_slopes": True, "causal": True})
+    slopes = torch.randn(2, 4, dtype=torch.float64).requires_grad_()
+    want = numbers(lambda q, k, v, own: expected(spec, q, k, v, own), spec, {"alibi_slopes": slopes})
+    for plan in every_plan(spec):
+        if plan.backend == "eager":
+            got = numbers(by_plan(looped(plan, (1, 1, 16), None)), spec, {"alibi_slopes": slopes})
+            for what, value in want.items():
+                torch.testing.assert_close(got[what], value, rtol=1e-11, atol=1e-11)
+
+
+DROPPED: dict[str, dict[str, Any]] = {
+    "causal": {"causal": True, "kv_heads": 2},
+    "longnet": {"pattern": P.longnet([8, 32], [1, 4])},
+    "by heads": {"pattern": P.dilated(8, 2, "interleave")},
+    "slopes": {"alibi_slopes": True, "sink_logits": True, "pattern": P.window(5) | P.global_tokens(3)},
+    "one branch by heads": {"pattern": P.mix([P.window(5), P.dilated(8, 2, "interleave")], rule="lse")},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n if "causal" in n or "branch" in n else pytest.param(n, marks=pytest.mark.slow) for n in DROPPED]
+)
+def test_loops_drop_the_pairs_that_the_whole_drops(name):
+    spec = AttentionSpec(**{**SHAPE, "batch": 2, "dropout": 0.4, **DROPPED[name]})
+    operands, tried = {"dropout_seed": 7, **drawn(spec)}, 0
+    for plan in every_plan(spec):
+        want = numbers(by_plan(plan), spec, operands)
+        for loop in WITHOUT_BLOCKS:
+            if plan.backend == "eager":
+                got = numbers(by_plan(looped(plan, loop, None)), spec, operands)
+                for what, value in want.items():
+                    torch.testing.assert_close(got[what], value, rtol=1e-11, atol=1e-11)
+                tried += 1
+    assert tried
+
+
+def test_tiles_are_looped_over_by_batch_elements():
+    spec = AttentionSpec(**{**SHAPE, "batch": 3, "pattern": P.random_blocks(0.4, 8, 0), "kv_heads": 2})
+    call, tried = Call.of(spec, batch=3), 0
+    want = call.expected()
+    for plan in every_plan(spec):
+        if plan.backend == "eager" and any(op.tile for _, op in plan.graph.of(Attend)):
+            for size in (1, 2):
+                assert_agree(call.got(looped(plan, (size, 2, 37), None)), want, 1e-12, way(plan))
+                tried += 1
+    assert tried
 
 
 def test_an_upstream_gradient_of_one_output_only_is_enough():
@@ -194,36 +292,50 @@ def test_what_cannot_be_looped_over_says_why():
     def why(loop=(1, 1, 16), block=None, **rest):
         return unloopable(lower(AttentionSpec(**{**SHAPE, **rest})), loop, block)
 
-    assert "dropout counts batch elements" in why(dropout=0.1)
+    assert why(dropout=0.1) == why(alibi_slopes=True, bias=True, sink_logits=True) == ""
+    assert "not made block by block" in why(None, (4, 4), bias=True)
     assert "not made block by block" in why(None, (4, 4), dropout=0.1)
     assert "positions arrive with the call" in why(q_offset=True, kv_len=64)
     assert why((1, 1, 37), q_offset=True, kv_len=64) == ""
     assert "a loop already" in unloopable(Chunk((1, 1, 16))(lower(AttentionSpec(**SHAPE))), (1, 1, 8), None)
     assert "pieces are more than" in why((1, 1, 1), seq_len=1024)
-    with pytest.raises(PassError, match="dropout counts"):
-        Chunk((1, 1, 16))(lower(AttentionSpec(**{**SHAPE, "dropout": 0.1})))
+    with pytest.raises(PassError, match="not made block by block"):
+        Chunk(None, (4, 4))(lower(AttentionSpec(**{**SHAPE, "dropout": 0.1})))
+    tiled = next(x.graph for x in lowerings(AttentionSpec(**{**SHAPE, "pattern": P.random_blocks(0.3, 8)}), ((4, 3), 3))
+                 if any(op.tile for _, op in x.graph.of(Attend)))  # fmt: skip
+    assert "only batch elements" in unloopable(tiled, (1, 1, 37), None)
+    assert unloopable(tiled, (1, 4, 37), None) == ""
     with pytest.raises(PassError, match="is no piece"):
         Output(loop=(0, 1, 1)).infer([lower(AttentionSpec(**SHAPE)).output.type])
     with pytest.raises(SpecError, match="did you mean '2 GiB'"):
         attnplan.compile(AttentionSpec(**SHAPE), max_memory="2 gigs")
 
 
-def least_by_brute_force(spec: AttentionSpec) -> int:
-    """Return the smallest peak over every variant of every candidate, each priced whole."""
+def least_by_brute_force(spec: AttentionSpec, step: int) -> tuple[int, int]:
+    """Return the smallest peaks over every candidate: of what is offered, and of all sizes in steps of some rows.
+
+    Each is priced whole. The second takes any number of batch elements, heads and multiples of ``step`` rows, those of
+    the least piece or more, and every block of scores.
+    """
     from attnplan.cost import resolve
     from attnplan.search import _options, _way
 
-    peaks = []
-    for lowered, backend, schedule, candidate in _options(spec, resolve("cpu"), "auto", "auto"):
+    offered, every = [], []
+    target = resolve("cpu")
+    for lowered, backend, schedule, candidate in _options(spec, target, "auto", "auto"):
         if candidate.prediction is None:
             continue
-        here = _way(spec, resolve("cpu"), backend, schedule)
-        peaks.append(candidate.prediction.peak_bytes)
-        for one in variants(lowered.graph, spec, plain=schedule.kernel.materialises):
-            graph = one.graph(lowered.graph)
-            if here.runs(graph):
-                peaks.append(here.price(graph).peak_bytes)
-    return min(peaks)
+        here, graph = _way(spec, target, backend, schedule), lowered.graph
+        offered.append(candidate.prediction.peak_bytes)
+        plain = schedule.kernel.materialises
+        found = [one.graph(graph) for one in variants(graph, spec, plain=plain)]
+        offered += [here.price(one).peak_bytes for one in found if here.runs(one)]
+        rows = [*range(LEAST_ROWS, spec.seq_len, step), spec.seq_len]
+        sizes = [(b, h, r) for b in range(1, spec.batch + 1) for h in range(1, spec.kv_heads + 1) for r in rows]
+        blocks = [b for b in (None, *BLOCKS) if b is None or (plain and not unloopable(graph, None, b))]
+        found = [Chunk(s, b, prove=False)(graph) for s in sizes for b in blocks if not unloopable(graph, s, b)]
+        every += [here.price(one).peak_bytes for one in found if here.runs(one)]
+    return min(offered), min(every)
 
 
 TIGHT = {
@@ -231,25 +343,48 @@ TIGHT = {
     "longnet": {"pattern": P.longnet([64, 256], [1, 4])},
     "softcap": {"softcap": 5.0},
     "window": {"pattern": P.window(20)},
+    "union": {"pattern": P.window(20) | P.global_tokens(5)},
+    "sinks": {"causal": True, "sink_logits": True},
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "training"),
-    [("longnet", False), ("causal", True)]
-    + [pytest.param(n, t, marks=pytest.mark.slow) for n in TIGHT for t in (False, True)],
+    ("name", "training", "step"),
+    [("longnet", False, 300), ("causal", True, 300)]
+    + [pytest.param(n, t, 64, marks=pytest.mark.slow) for n in TIGHT for t in (False, True)],
 )
-def test_a_refusal_is_right_and_what_it_proposes_works(name, training):
-    rest = TIGHT[name]
+def test_a_refusal_is_right_and_what_it_proposes_works(name, training, step):
     spec = AttentionSpec(
-        seq_len=700, heads=4, kv_heads=2, head_dim=16, dtype="float32", batch=2, training=training, **rest
+        seq_len=700, heads=4, kv_heads=2, head_dim=16, dtype="float32", batch=2, training=training, **TIGHT[name]
     )
-    least = least_by_brute_force(spec)
+    least, every = least_by_brute_force(spec, step)
+    assert every >= least  # no other size would have met the budget that is refused
     with pytest.raises(MemoryBudgetError, match=r"the smallest plan, .*, needs") as caught:
         attnplan.compile(spec, max_memory=least - 1)
     proposed = str(caught.value).rpartition("max_memory='")[2].rstrip("'")
     assert proposed == f"{-(-least // 1024)} KiB"
     assert attnplan.compile(spec, max_memory=proposed).predicted.peak_bytes == least
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pieces_that_are_alike_are_those_whose_graphs_are_equal(name):
+    for found in lowerings(AttentionSpec(**{**SHAPE, **CASES[name][0]})):
+        for loop in ((1, 1, 16), (1, 3, 5), (1, 4, 37)):
+            graph = Chunk(loop, prove=False)(found.graph)
+            want = Counter(normal(p.graph) for p in parts(graph) if p.graph is not None)
+            assert dict(bodies(graph)) == want
+
+
+def test_a_hopeless_budget_is_refused_without_building_every_piece(monkeypatch):
+    """What takes time is the graphs of pieces: lower bounds leave few of them to be built."""
+    spec = AttentionSpec(
+        seq_len=65_536, heads=8, head_dim=64, dtype="bfloat16", pattern=P.longnet([2048, 8192, 32_768], [1, 4, 16])
+    )
+    attnplan.compile(spec, device="h100")
+    restrict.cache_clear()
+    with pytest.raises(MemoryBudgetError, match=r"max_memory='\d+ KiB'"):
+        attnplan.compile(spec, device="h100", max_memory=1)
+    assert restrict.cache_info().misses < 1500
 
 
 def test_a_budget_is_met_by_the_largest_pieces_that_fit():

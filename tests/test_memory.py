@@ -12,13 +12,15 @@ import torch
 import attnplan
 from attnplan import AttentionSpec
 from attnplan import patterns as P
-from attnplan.cost import memory, resolve
+from attnplan.cost import batches, memory, resolve
 from attnplan.cost.buffers import mask_elements
 from attnplan.cost.memory import Memory
+from attnplan.cost.rules import Setting
 from attnplan.ir import Attend, RowMap
 from attnplan.lower import lower
 from attnplan.plan import Plan
 from attnplan.search import Found, _options
+from bench import budget_curve, train_step
 from bench.memory import MIB, SHARES, call_of, measured, row, smallest, specs, summary
 
 SHAPE: dict[str, Any] = {"heads": 4, "head_dim": 32}
@@ -76,7 +78,7 @@ def test_the_peak_is_predicted(name):
         assert_predicted(plan)
 
 
-@pytest.mark.parametrize("name", ["longnet", pytest.param("mean", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["longnet", "grouped", pytest.param("mean", marks=pytest.mark.slow)])
 def test_the_peak_of_a_training_step_is_predicted(name):
     spec = AttentionSpec(seq_len=1024, dtype="bfloat16", training=True, **SHAPE, **GRID[name])
     for plan in every_plan(spec):
@@ -125,6 +127,98 @@ def test_scores_shrink_with_the_number_of_key_blocks(count):
     blocks = looped(whole, None, (length, length // count))
     peaks = [measured(call_of(p, "cpu"), "cpu").allocated for p in (whole, blocks)]
     assert peaks[1] <= (1 / count + 0.05) * peaks[0]
+
+
+SCORES: dict[str, dict[str, Any]] = {
+    "dropout": {"dropout": 0.1, "causal": True},
+    "slopes": {"alibi_slopes": True, "causal": True},
+    "sinks": {"sink_logits": True, "causal": True},
+    "bias": {"bias": True, "pattern": P.longnet([128, 512], [1, 4])},
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", [n if n == "bias" else pytest.param(n, marks=pytest.mark.slow) for n in SCORES])
+def test_the_peak_of_pieces_with_score_operands_covers_what_is_allocated(name, training):
+    from tests.test_chunk import looped
+
+    spec = AttentionSpec(seq_len=1024, heads=4, head_dim=64, dtype="float32", training=training, **SCORES[name])
+    given = {"sink_logits": torch.randn(4), "alibi_slopes": torch.rand(4), "bias": torch.randn(4, 1024, 1024)}
+    own = {n: x for n, x in given.items() if getattr(spec, n)}
+    seed = {"dropout_seed": 1} if spec.dropout else {}
+    q, k, v, grad = (torch.randn(1, 4, 1024, 64) for _ in range(4))
+    for plan in every_plan(spec):
+        for one in (plan, looped(plan, (1, 1, 256), None)):
+
+            def run(one=one):
+                if not training:
+                    return (one(q, k, v, **own, **seed),)
+                leaves = [x.detach().requires_grad_() for x in (q, k, v, *own.values())]
+                out = one(*leaves[:3], **dict(zip(own, leaves[3:], strict=True)), **seed)
+                return (out.detach(), *torch.autograd.grad(out, leaves, grad))
+
+            setting = Setting.of(one.graph, spec, plan._schedule.priced)
+            predicted, peak = memory.peak_bytes(one.graph, setting), measured(run, "cpu").allocated
+            assert peak <= predicted <= max(1.3 * peak, peak + 24 * MIB), f"{one}: {predicted / MIB}, {peak / MIB} MiB"
+
+
+@pytest.mark.parametrize("budget", ["1 MiB", pytest.param("3 MiB", marks=pytest.mark.slow)])
+def test_a_training_step_under_a_budget_has_the_same_loss(budget):
+    """The example LongNet at the longest length whose attention fits, against the same step without a budget."""
+    found = train_step.row(budget, 1024 if budget == "1 MiB" else 4096, "cpu")
+    assert found["fits"], found
+    assert not found["below"], found
+    assert found["close"], found
+    assert "pieces of" in found["choice"]
+    assert found["predicted_without"] > found["max_memory"]
+    assert found["loss_apart"] <= 1e-6
+    assert found["gradients_apart"] <= 1e-4
+    assert found["step"] <= found["step_without"]
+
+
+def test_the_longest_length_that_fits_is_the_longest():
+    length = train_step.longest("600 KiB", 2**14, "cpu")
+    attnplan.compile(train_step.spec_of(length), device="cpu", max_memory="600 KiB")
+    with pytest.raises(attnplan.errors.MemoryBudgetError):
+        attnplan.compile(train_step.spec_of(2 * length), device="cpu", max_memory="600 KiB")
+
+
+def test_halved_budgets_are_measured_and_drawn(tmp_path):
+    spec = attrs.evolve(budget_curve.specs(gpu=False, tiny=True)["LongNet, 1024 tokens"], heads=2, kv_heads=2)
+    found = budget_curve.curve("LongNet", spec, "cpu", 1, 512)
+    assert [r["budget"] for r in found[1:]] == [found[0]["budget"] // 2**i for i in range(1, len(found))]
+    assert all(r["fits"] for r in found)
+    assert found[-1]["rows_of_piece"] < 512 <= found[-2]["rows_of_piece"]
+    assert budget_curve.summary(found, 512)["worst_halving"] == max(r["over_twice_the_budget"] for r in found[:-1])
+    budget_curve.draw(found, tmp_path / "curve.svg")
+    assert "empty circles" in (tmp_path / "curve.svg").read_text() or (tmp_path / "curve.svg").stat().st_size > 10_000
+
+
+def test_batches_of_tiles_are_those_that_run():
+    """The shapes of the runtime's own batches, where the table keeps the tiles that are expected."""
+    from attnplan.runtime import tiles
+
+    assert (batches.ELEMENTS, batches.SHARE) == (tiles._ELEMENTS, tiles._SHARE)
+    tried = 0
+    for pattern in (
+        P.window(64) | P.global_tokens(16),
+        P.random_blocks(0.1, 64, 0),
+        P.window(300) | P.global_tokens(4),
+    ):
+        spec = AttentionSpec(seq_len=4000, dtype="float32", pattern=pattern, **SHAPE)
+        for plan in every_plan(spec):
+            for node, op in plan.graph.of(Attend):
+                if op.tile is None:
+                    continue
+                q, k = (n.type.rows for n in plan.graph.args(node)[:2])
+                builder = tiles.TileBuilder(op, q, k, spec.shape, 1)
+                made = builder({}, *(torch.empty(1, 4, 4000, 32) for _ in "qk"))
+                ran = {(len(b.rows), b.columns.shape[1]) for heads in made.heads for b in heads.batches}
+                model = {(b.rows, b.width) for b in batches.batches(op, q, k, spec)}
+                assert max(r * w for r, w in model) == max(r * w for r, w in ran)
+                assert max(r for r, _ in model) >= max(r for r, _ in ran)
+                tried += 1
+    assert tried >= 2
 
 
 def test_the_peak_says_what_it_consists_of():

@@ -104,6 +104,17 @@ def test_operands_follow_their_batch_element():
         plan.stream(*given)
 
 
+def test_a_stream_drops_the_pairs_that_a_call_drops_and_joins_its_sinks():
+    import attrs
+
+    spec = attrs.evolve(LONG, seq_len=300, kv_len=300, dropout=0.3, sink_logits=True, alibi_slopes=True, batch=2)
+    plan = attnplan.compile(spec, device="cpu")
+    given, operands = tensors(spec, batch=2), {"sink_logits": torch.randn(4), "alibi_slopes": torch.rand(4)}
+    want = plan(*given, dropout_seed=5, **operands)
+    got = plan.stream(*given, max_memory="2 MiB", dropout_seed=5, **operands)
+    torch.testing.assert_close(got, want)
+
+
 def test_a_stream_goes_on_where_it_was_interrupted(tmp_path):
     plan = attnplan.compile(LONG, device="cpu")
     given = tensors(LONG)
@@ -140,6 +151,8 @@ def test_a_short_file_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(SpecError, match=words):
         plan.stream(*paths, out=str(tmp_path / "out"))
     assert open_files() == before
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.journal").exists()
     mapped = np.memmap(paths[0], dtype=np.float32, mode="r", shape=(1, 4, 1000, 16))
     os.truncate(paths[0], 100)
     with pytest.raises(SpecError, match="has 100 bytes by now"):
@@ -193,6 +206,97 @@ def test_a_disk_that_fails_is_reported_and_nothing_leaks(what, tmp_path, monkeyp
     torch.testing.assert_close(from_disk(out, plan(*given)), plan(*given))
 
 
+@pytest.mark.parametrize("what", ["fsync", "journal"])
+def test_a_disk_that_is_full_when_a_piece_is_kept_is_reported(what, tmp_path, monkeypatch):
+    """The piece before stays the last that is done, nothing half written is left, and the stream can go on."""
+    plan = attnplan.compile(LONG, device="cpu")
+    given = tensors(LONG)
+    paths, out = on_disk(tmp_path, given), tmp_path / "out"
+    name, calls = ("fsync", 0) if what == "fsync" else ("replace", 0)
+    real = getattr(os, name)
+
+    def failing(*args):
+        nonlocal calls
+        calls += 1
+        if calls > 3:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    before = open_files()
+    monkeypatch.setattr(os, name, failing)
+    words = "bringing out '.*' to the disk failed" if what == "fsync" else "cannot write the journal '.*' after piece 3"
+    with pytest.raises(StreamError, match=rf"{words}: .*No space left") as caught:
+        plan.stream(*paths, out=str(out), max_memory="256 KiB")
+    assert isinstance(caught.value.__cause__, OSError)
+    monkeypatch.undo()
+    assert open_files() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["k", "out", "out.journal", "q", "v"]
+    done = json.loads((tmp_path / "out.journal").read_text())["done"]
+    assert done == (3 if what == "fsync" else 2)
+    seen: list[int] = []
+    plan.stream(*paths, out=str(out), max_memory="256 KiB", resume=True, progress=lambda n, _: seen.append(n))
+    assert seen[0] == done
+    torch.testing.assert_close(from_disk(out, plan(*given)), plan(*given))
+
+
+@pytest.mark.parametrize("what", ["interrupt", "kernel"])
+def test_nothing_leaks_when_a_stream_ends_early(what, tmp_path, monkeypatch):
+    plan = attnplan.compile(LONG, device="cpu")
+    given = tensors(LONG)
+    paths, out = on_disk(tmp_path, given), tmp_path / "out"
+    buffers, read, compute = list[weakref.ref[torch.Tensor]](), files.Store.read, streaming.Stream.compute
+    error = KeyboardInterrupt if what == "interrupt" else RuntimeError
+
+    def watched(self, where, into):
+        buffers.append(weakref.ref(into))
+        read(self, where, into)
+
+    def failing(self, number, *tensors):
+        if number == 2:
+            raise error
+        return compute(self, number, *tensors)
+
+    before = open_files()
+    monkeypatch.setattr(files.Store, "read", watched)
+    monkeypatch.setattr(streaming.Stream, "compute", failing)
+    try:
+        plan.stream(*paths, out=str(out), max_memory="256 KiB")
+    except error:
+        ended = True
+    assert ended
+    assert open_files() == before
+    gc.collect()
+    assert buffers
+    assert not [b for b in buffers if b() is not None]
+    assert json.loads((tmp_path / "out.journal").read_text())["done"] == 2
+    monkeypatch.undo()
+    plan.stream(*paths, out=str(out), max_memory="256 KiB", resume=True)
+    torch.testing.assert_close(from_disk(out, plan(*given)), plan(*given))
+
+
+def test_a_process_that_is_killed_leaves_a_stream_that_goes_on(tmp_path):
+    plan = attnplan.compile(LONG, device="cpu")
+    given = tensors(LONG)
+    paths, out = on_disk(tmp_path, given), tmp_path / "out"
+
+    def die(done: int, total: int) -> None:
+        if done == 2:
+            os._exit(9)
+
+    torch.set_num_threads(1)  # a child has no threads of its parent
+    child = os.fork()
+    if child == 0:
+        try:
+            plan.stream(*paths, out=str(out), max_memory="256 KiB", progress=die)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    seen: list[int] = []
+    plan.stream(*paths, out=str(out), max_memory="256 KiB", resume=True, progress=lambda n, _: seen.append(n))
+    assert seen[0] == 2
+    torch.testing.assert_close(from_disk(out, plan(*given)), plan(*given))
+
+
 def test_a_file_that_shrinks_while_it_is_read_is_reported(tmp_path):
     plan = attnplan.compile(LONG, device="cpu")
     paths = on_disk(tmp_path, tensors(LONG))
@@ -220,11 +324,9 @@ def test_what_does_not_fit_the_spec_is_refused(tmp_path):
         MemoryBudgetError, match=r"the smallest pieces .* need .*; the budget is 1 KiB; try max_memory='(\d+)"
     ):
         plan.stream(q, k, v, max_memory="1 KiB")
-    dropped = attnplan.compile(
-        AttentionSpec(seq_len=64, heads=1, head_dim=8, dtype="float32", dropout=0.1), device="cpu"
-    )
-    with pytest.raises(SpecError, match="cannot be streamed: dropout counts"):
-        dropped.stream(*tensors(dropped.spec), dropout_seed=1)
+    biased = attnplan.compile(AttentionSpec(seq_len=64, heads=1, head_dim=8, dtype="float32", bias=True), device="cpu")
+    with pytest.raises(SpecError, match="a bias is as large as the scores"):
+        biased.stream(*tensors(biased.spec), bias=torch.zeros(1, 64, 64))
 
 
 def test_the_smallest_budget_of_the_message_works_and_is_kept():

@@ -60,22 +60,29 @@ def _threads() -> int:
     return min(int(given), here) if given.isdigit() and int(given) else here
 
 
-def bias_bytes(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec, *, whole: bool, plain: bool) -> int:
+def bias_bytes(
+    op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec, inputs: tuple[int, int], *, whole: bool, plain: bool
+) -> int:
     """Return the bytes of what is added to the scores of an attend; in training, of its gradient too.
 
-    ``whole`` says that it runs on whole inputs, so that a bias is no copy; ``plain``, that it is plain torch.
+    ``inputs`` are the elements of q (rows of all heads) and the rows of k that the graph is given. ``whole`` says that
+    the attend runs on all of them, so that a bias is no copy; ``plain``, that it is plain torch.
     """
     if not op.biases:
         return 0
     acc, alone = 8 if spec.dtype == "float64" else 4, op.biases == ("bias",)
     pairs = prod(q.sizes) * -(-k.length // 16) * 16 * spec.batch * acc  # rows of scores are padded
-    if plain:
-        return 0 if alone and whole else pairs
-    apart = prod(a.size for a in q.batch if a.row) * q.length * k.length  # distances
+    apart = 0 if alone else prod(a.size for a in q.batch if a.row) * q.length * k.length  # distances, of 8 bytes each
     made = (1 if alone and whole else 2) + (2 if alone else 3) * spec.training
     total = 0
     if spec.training and not whole and "bias" in op.biases:  # two gradients of the whole bias
-        total = 2 * spec.heads * spec.shape.seq_len * spec.shape.kv_len * acc
-    small = made * pairs // 16 + 2**12  # positions
+        total = 2 * prod(inputs) * acc
     sinks = spec.batch * spec.heads * spec.shape.seq_len * spec.value_dim * acc if spec.sink_logits else 0
-    return made * pairs + small + total + sinks + (0 if alone else 4 * apart)
+    indices = 0
+    if op.at is not None and spec.training and not whole and "bias" in op.biases:
+        indices = 26 * pairs // acc  # in a piece nothing else hides those of a gradient
+    if plain:
+        distances = 8 * apart if spec.training else max(0, 24 * apart - 3 * pairs)
+        return (0 if alone and whole else pairs) + distances + indices + total // 2
+    small = made * pairs // 16 + 2**12  # positions
+    return max(made * pairs + 6 * apart, 24 * apart) + small + total + sinks + indices

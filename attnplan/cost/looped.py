@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
@@ -11,7 +10,8 @@ import attrs
 from attnplan.cost.device import Device
 from attnplan.cost.rules import ITEM_BYTES
 from attnplan.ir import Graph, Output
-from attnplan.passes.chunk import normal, parts, without_loop
+from attnplan.passes.alike import bodies
+from attnplan.passes.chunk import without_loop
 from attnplan.spec import AttentionSpec
 
 
@@ -47,15 +47,16 @@ def piecewise_seconds(
     output = graph.output.op
     assert isinstance(output, Output)
     if output.loop is None:
-        count, bodies = 1, Counter([without_loop(graph)])
+        count = 1
+        programs: tuple[tuple[Graph, int], ...] = ((without_loop(graph), 1),)
         batch = spec.batch
     else:
         batch = min(spec.batch, output.loop[0])
         count = -(-spec.batch // batch)
-        bodies = Counter(normal(p.graph) for p in parts(graph) if p.graph is not None)
+        programs = bodies(graph)
     small = attrs.evolve(spec, batch=batch)
     seconds = host = 0.0
-    for body, times in bodies.items():
+    for body, times in programs:
         found = [price(body, small)]
         if spec.training:
             found.append(price(body, attrs.evolve(small, training=False)))

@@ -7,20 +7,21 @@ what an op needs while it runs (copies, masks, workspaces of kernels, tiles) is 
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import prod
 
 import attrs
 
+from attnplan.cost.batches import batch_memory, lookup_bytes, table_bytes
 from attnplan.cost.buffers import bias_bytes, flash_cpu, looked_up, mask_elements
+from attnplan.cost.plain import plain_training
 from attnplan.cost.rules import Setting, value_bytes, with_tiles
-from attnplan.cost.tiles import attend_tiles, fullest_row
-from attnplan.ir import Attend, Graph, Merge, Mix, Node, Output, Take
+from attnplan.ir import Attend, Graph, Input, Merge, Mix, Node, Output, Take
 from attnplan.ir.launch import launches
 from attnplan.ir.native import lowered
 from attnplan.ir.ops import disjoint
 from attnplan.ir.slots import mask_rows, slot_condition
-from attnplan.passes.chunk import normal, parts, pieces, restrict, without_loop
+from attnplan.passes.alike import bodies, sampled
+from attnplan.passes.chunk import without_loop
 
 BLOCK = {"cpu": 64, "cuda": 512}
 """Bytes to whose multiples an allocator rounds a buffer.
@@ -88,6 +89,10 @@ def peak_memory(graph: Graph, setting: Setting, kind: str = "cpu") -> Memory:
         found = model.training() if setting.spec.training else model.inference()
     else:
         found = _looped(graph, setting, kind, output)
+    return _with_small(found)
+
+
+def _with_small(found: Memory) -> Memory:
     return found + Memory(workspace=SMALL + found.workspace // 64)
 
 
@@ -97,9 +102,25 @@ def peak_of_some(graph: Graph, setting: Setting, kind: str) -> int:
     assert isinstance(output, Output)
     if output.loop is None:
         return 0
-    found, whole = pieces(graph, output.loop), without_loop(graph)
-    some = (restrict(whole, found[i]).graph for i in {0, len(found) // 2, len(found) - 1})
-    return _looped(graph, setting, kind, output, tuple({normal(g) for g in some if g is not None})).total
+    return _with_small(_looped(graph, setting, kind, output, tuple(dict.fromkeys(sampled(graph))))).total
+
+
+def floor_of_loop(graph: Graph, setting: Setting, loop: tuple[int, int, int]) -> int:
+    """Return bytes that a loop over pieces of a graph needs for sure, without looking at any piece.
+
+    Those of the output of a whole piece; in training those of the LSE of all rows and of the sums of the gradients of k
+    and v, too.
+    """
+    spec, q, k = setting.spec, graph.inputs["q"], graph.inputs["k"]
+    assert isinstance(q.op, Input)
+    batch, heads = min(spec.batch, loop[0]), min(q.op.heads // q.op.group, loop[1])
+    rows = batch * heads * q.op.group * min(loop[2], q.op.length)
+    found = SMALL + rows * graph.output.type.features * setting.item
+    if not spec.training:
+        return found
+    sums = batch * heads * k.type.rows.length * (k.type.features + graph.inputs["v"].type.features)
+    lse = spec.batch * _rows(graph) if graph.output.type.lse else 0
+    return SMALL + max(found - SMALL, sums * setting.accumulator) + lse * setting.accumulator
 
 
 def _looped(graph: Graph, setting: Setting, kind: str, output: Output, some: tuple[Graph, ...] | None = None) -> Memory:
@@ -107,23 +128,23 @@ def _looped(graph: Graph, setting: Setting, kind: str, output: Output, some: tup
     spec = setting.spec
     batch = spec.batch if output.loop is None else min(spec.batch, output.loop[0])
     small = attrs.evolve(spec, batch=batch)
-    bodies = some or ((without_loop(graph),) if output.loop is None else _bodies(graph))
+    programs = some
+    if programs is None:
+        programs = (without_loop(graph),) if output.loop is None else tuple(body for body, _ in bodies(graph))
     training = spec.training
     lse = spec.batch * _rows(graph) * setting.accumulator if training and graph.output.type.lse else 0
     peak = Memory(saved=lse)
-    for body in bodies:
+    own = 0
+    if training and spec.bias:  # the gradient of a piece's part of a bias, and its sum with another
+        own = 2 * max(b.inputs["q"].type.rows.elements_count * b.inputs["k"].type.rows.length for b in programs)
+    learnt = Memory(workspace=own * batch * setting.accumulator)
+    for body in programs:
         model = _Model(body, Setting.of(body, small, setting.kernel), kind)
         here = model.inference() + Memory(workspace=model.output_bytes)
         if training:
             here = larger(here, model.again() + Memory(workspace=model.gradient_bytes + _totals(graph, batch, setting)))
-        peak = larger(peak, here + Memory(saved=lse))
+        peak = larger(peak, here + learnt + Memory(saved=lse))
     return peak
-
-
-@lru_cache(maxsize=64)
-def _bodies(graph: Graph) -> tuple[Graph, ...]:
-    """Return the graphs of the pieces, those that are alike once."""
-    return tuple(dict.fromkeys(normal(p.graph) for p in parts(graph) if p.graph is not None))
 
 
 def _rows(graph: Graph) -> int:
@@ -178,6 +199,9 @@ class _Model:
                 continue
             live = {n: size for n, size in live.items() if last_use.get(n, len(self.graph)) > node.id or n == node.id}
         finish = self._round(sum(live.values())) + (self.output_bytes if self._casts() else 0)
+        output = self.graph.output
+        if isinstance(output.op, Output) and output.op.sinks:
+            finish += _rows(self.graph) * self.setting.batch * (output.type.features + 4) * self.acc
         peak = larger(peak, Memory(workspace=self.masks + finish, gathered=base))
         return attrs.evolve(peak, workspace=max(0, peak.workspace - self.output_bytes))
 
@@ -192,8 +216,8 @@ class _Model:
 
     def again(self) -> Memory:
         """Return the peak of a backward that is given q, k, v, output and LSE only."""
-        if self.plain:
-            return self._plain_training()
+        if self.plain:  # what it computes again is beside the output that it was given
+            return self._plain_training() + Memory(workspace=self.output_bytes + self._lse())
         saved = self._saved()
         computed = self.inference() + Memory(workspace=self.output_bytes) if saved else Memory()
         return larger(computed, self._backward() + Memory(workspace=2 * self.masks, saved=saved))
@@ -223,8 +247,12 @@ class _Model:
             own = own // self.item * self.acc
         gathered = sum(self._copies(n) for n in group)
         _, extra = self._mask(node)
+        if op.dropout:  # coordinates are hashed in 8 bytes, three at a time; then kept weights are beside all others
+            q, k = (self.graph[a].type.rows for a in node.args[:2])
+            pairs = q.elements_count * k.length * self.setting.batch
+            extra += max(pairs * (1 + self.acc), 25 * pairs - self._workspace(node))
         if op.tile is not None and not self._skips_tiles(op):
-            tiles, copies = self._tiles(node, op, backward=False)
+            tiles, copies = batch_memory(self.graph, node, op, self.setting, backward=False)
             return own, Memory(workspace=own + tiles, gathered=copies)
         return own, Memory(workspace=own + extra + self._workspace(node), gathered=gathered)
 
@@ -245,19 +273,22 @@ class _Model:
         op, (q, k) = node.op, (self.graph[a].type.rows for a in node.args[:2])
         assert isinstance(op, Attend)
         whole = not any(isinstance(n.op, Take) for n in self.graph.args(node))
-        return kept, made + self._round(bias_bytes(op, q, k, self.setting.spec, whole=whole, plain=self.plain))
+        inputs = self.graph.inputs["q"].type.rows.elements_count, self.graph.inputs["k"].type.rows.length
+        made += self._round(bias_bytes(op, q, k, self.setting.spec, inputs, whole=whole, plain=self.plain))
+        return kept, made
 
     def _condition(self, node: Node) -> tuple[int, int]:
         """Return the bytes of a mask that stays with the plan, and of what is made of it in each call."""
         op, (q, k) = node.op, (self.graph[a].type.rows for a in node.args[:2])
         assert isinstance(op, Attend)
         if op.tile is not None:
-            return self._tables(node, op), 0
+            looked_up_too = "tile-masks" in self.setting.kernel.native
+            return table_bytes(op, q, k, self.setting.spec) + (lookup_bytes(op, q, k) if looked_up_too else 0), 0
         if slot_condition(op, q, k) != "mask":
             causal = self.plain and slot_condition(op, q, k) == "causal"
             return 0, 2 * q.length * k.length if causal else 0
         if self.setting.kernel.skips:
-            return self._tables(node, with_tiles(op, self.setting.kernel)), 0
+            return table_bytes(with_tiles(op, self.setting.kernel), q, k, self.setting.spec), 0
         if lowered(self.graph, node, self.setting.kernel.native) is not None:
             return 0, 0
         pairs = self._round(mask_elements(op, *mask_rows(op, q, k), self.setting.batch, self.setting.spec))
@@ -274,7 +305,7 @@ class _Model:
         q, k = (self.graph[a].type for a in node.args[:2])
         blocks = prod(q.rows.sizes[:-1]) * self.setting.batch
         if op.loop is not None:
-            return self._block(node, op, 2)
+            return self._block(node, op, backward=False)
         if self.plain:
             return 3 * self._round(blocks * q.rows.length * k.rows.length * self.acc) + blocks * q.rows.length * 16
         if self.kind == "cpu":
@@ -286,14 +317,17 @@ class _Model:
         wide = blocks * q.rows.length * node.type.features * 4 if node.type.features > 128 else 0
         return split + wide + 2**20
 
-    def _block(self, node: Node, op: Attend, scores: int) -> int:
+    def _block(self, node: Node, op: Attend, *, backward: bool) -> int:
         """Return the bytes of one step of an attend that computes its scores block by block."""
         assert op.loop is not None
         q, k, v = (self.graph[a].type for a in node.args)
         heads = prod(q.rows.sizes[:-1]) * self.setting.batch
         rows, keys = min(op.loop[0], q.rows.length), min(op.loop[1], k.rows.length)
-        tall = rows * (2 * q.features + 3 * v.features + 8)
-        wide = 2 * keys * (k.features + v.features)
+        shared = k.rows.elements_count * q.rows.length < q.rows.elements_count * k.rows.length
+        copies = (self.acc != self.item) + shared + backward  # of k or v: cast, shown to each head, a gradient
+        scores = 3 + 2 * (op.softcap is not None) if backward else 1
+        tall = rows * (2 * q.features + v.features + 16 if backward else q.features + 2 * v.features + 8)
+        wide = copies * keys * max(k.features, v.features)
         return heads * (scores * rows * keys + tall + wide) * self.acc + 2 * rows * keys
 
     def _join(self, node: Node) -> tuple[int, int]:
@@ -326,49 +360,6 @@ class _Model:
         constant = isinstance(op, Mix) and op.rule in ("mean", "sum")
         return constant or not disjoint([n.type.rows for n in self.graph.args(self.result)])
 
-    # -------------------------------------------------------------------------------------------------- tiles
-
-    def _tables(self, node: Node, op: Attend) -> int:
-        q, k = (self.graph[a].type.rows for a in node.args[:2])
-        heads = max(1, q.elements_count // q.length)
-        assert op.tile is not None
-        return attend_tiles(op, q, k, self.setting.spec) // heads * 24 + 64 * prod(op.tile)
-
-    def _tiles(self, node: Node, op: Attend, *, backward: bool) -> tuple[int, int]:
-        """Return (workspace, copies) of the largest batch of tiles that runs at once. See runtime/tiles.py."""
-        assert op.tile is not None
-        q, k, v = (self.graph[a].type for a in node.args)
-        heads = max(1, q.rows.elements_count // q.rows.length)
-        kv_heads = max(1, k.rows.elements_count // k.rows.length)
-        tall, wide = op.tile
-        kept = -(-attend_tiles(op, q.rows, k.rows, self.setting.spec) // heads) * wide * 5 // 4
-        row = fullest_row(op, q.rows, k.rows, self.setting.spec) * wide
-        columns = max(row, min(2**22 // (64 * heads), kept))
-        rows = max(tall, min(q.rows.length + tall, columns * tall // wide))
-        bias = 2 * columns * tall * self.item
-        gathered = columns * kv_heads * (k.features + v.features) * self.item
-        queries = rows * heads * q.features * self.item
-        result = rows * heads * (v.features * self.item + self.acc)
-        ragged = self._padding(node, op) * (2 if op.boxes else 1)
-        if not backward:
-            return bias + result + flash_cpu(
-                tall, columns, q.features, self.item, self.acc
-            ), gathered + queries + ragged
-        grads = columns * kv_heads * (k.features + v.features) * self.item + columns * kv_heads * v.features * self.acc
-        buffers = 3 * flash_cpu(tall, columns, q.features, self.item, self.acc)
-        return bias // 2 + 2 * result + grads + buffers, gathered + 3 * queries + 2 * ragged
-
-    def _padding(self, node: Node, op: Attend) -> int:
-        """Return the bytes of operands that are copied because their last tile is not whole, or in order of boxes."""
-        assert op.tile is not None
-        found = 0
-        for place, arg in enumerate(self.graph.args(node)):
-            tile = op.tile[1 if place else 0]
-            if arg.type.rows.length % tile or op.boxes is not None:
-                found += value_bytes(arg, self.setting)
-                found += value_bytes(arg, self.setting) * (place == 0)  # the output, too
-        return found
-
     # -------------------------------------------------------------------------------------------------- backward
 
     def _backward(self) -> Memory:
@@ -396,8 +387,8 @@ class _Model:
 
     def _attend_backward(self, node: Node, op: Attend, group: list[Node]) -> Memory:
         _, extra = self._mask(node)
-        if op.tile is not None and not self._skips_tiles(op):
-            tiles, copies = self._tiles(node, op, backward=True)
+        if op.tile is not None and (not self._skips_tiles(op) or "tile-masks" in self.setting.kernel.native):
+            tiles, copies = batch_memory(self.graph, node, op, self.setting, backward=True)
             q, k, v = (self.graph[a].type for a in node.args)
             totals = (q.rows.elements_count * q.features + k.rows.elements_count * (k.features + v.features)) * self.acc
             return Memory(workspace=tiles + totals * self.setting.batch, gathered=copies)
@@ -418,7 +409,8 @@ class _Model:
         blocks = prod(q.rows.sizes[:-1]) * self.setting.batch
         if op.loop is not None:
             totals = sum(self.graph[a].type.rows.elements_count * self.graph[a].type.features for a in node.args)
-            return self._block(node, op, 4) + totals * self.setting.batch * self.acc
+            sums = totals * self.setting.batch * self.acc if self.acc != self.item else 0  # else they are the result
+            return self._block(node, op, backward=True) + sums
         if self.kind == "cpu":
             repeated = blocks * k.rows.length * (k.features + v.features) * self.item
             shared = k.rows.elements_count < q.rows.elements_count // q.rows.length * k.rows.length
@@ -430,20 +422,11 @@ class _Model:
         return rows * (q.features * 4 + 8) + grouped * keys * (k.features + v.features) * 4 + 2**20
 
     def _plain_training(self) -> Memory:
-        """Return the peak of plain torch under autograd, which saves scores and weights of every attend."""
-        rows = _rows(self.graph) * self.setting.batch * (self.graph.output.type.features + 4) * self.acc
-        held = self.wide + rows * (1 + sum(len(n.args) for n in self.graph if isinstance(n.op, Merge | Mix)))
-        gradients = self.gradient_bytes // self.item * self.acc
-        peak = Memory()
-        for node, op in self.graph.of(Attend):  # the backward frees what an attend saved once it is past it
-            q, k = (self.graph[a].type.rows for a in node.args[:2])
-            scores = q.elements_count * k.length * self.setting.batch * self.acc
-            count = 2 + 2 * (op.softcap is not None) + 2 * (op.dropout > 0)
-            values = sum(value_bytes(n, self.setting) for n in (*self.graph.args(node), node)) // self.item * self.acc
-            held += count * scores + values + self._mask(node)[1]
-            working = 3 * scores + self.masks + gradients
-            peak = larger(peak, Memory(workspace=working, saved=held))
-        return peak
+        made = {n.id: self._mask(n)[1] for n, _ in self.graph.of(Attend)}
+        saved, workspace = plain_training(
+            self.graph, self.setting, made, self.masks, self.output_bytes, self.gradient_bytes, self.wide
+        )
+        return Memory(workspace=workspace, saved=saved)
 
     def _round(self, size: int) -> int:
         block = BLOCK[self.kind]

@@ -108,13 +108,11 @@ def unloopable(graph: Graph, loop: tuple[int, int, int] | None, block: tuple[int
         return "dropout, biases and tiles are not made block by block"
     if loop is None:
         return ""
-    if any(op.tile is not None for op in attends):
-        return "tiles are cut over whole sequences; they run batch by batch already"
-    if any(op.dropout for op in attends):
-        return "dropout counts batch elements from the first of the call, and a piece does not know its place"
-    if (isinstance(output, Output) and output.sinks) or any(op.biases for op in attends):
-        return "sink logits and biases are not cut into pieces"
-    if loop[2] < graph.inputs["q"].type.rows.length and any(op.shift is None for op in attends):
+    rows = graph.inputs["q"].type.rows.length
+    whole = loop[1] >= kv_heads(graph) and loop[2] >= rows
+    if any(op.tile is not None for op in attends) and not whole:
+        return "tiles are cut over whole sequences: only batch elements of them are looped over"
+    if loop[2] < rows and any(op.shift is None for op in attends):
         return "query rows whose positions arrive with the call are not cut into pieces"
     count = -(-kv_heads(graph) // loop[1]) * -(-graph.inputs["q"].type.rows.length // loop[2])
     if count > MAX_PIECES:
@@ -126,20 +124,46 @@ def unloopable(graph: Graph, loop: tuple[int, int, int] | None, block: tuple[int
 def normal(graph: Graph) -> Graph:
     """Return a piece's graph with what does not depend on its place left out; pieces that are alike become equal.
 
-    A band looks the same wherever its queries and keys stand, if they stand apart by as much.
+    Rows are counted from the piece's first: a band looks the same wherever its queries and keys stand, if they stand
+    apart by as much. What depends on the place of a pair beside that finds it by :func:`origin`.
     """
+    if keeps_place(graph):
+        return graph
 
     def visit(builder: Builder, node: Node, args: tuple[int, ...]) -> int | None:
         op = node.op
-        if not isinstance(op, Attend) or op.at is None:
+        if not isinstance(op, Attend) or op.at is None or not is_placeless(op):
             return None
-        known = Conjunction.of(op.where)
-        if known.opaque or known.dilated or known.heads or op.shift is None or op.dropout:
-            return None
-        q, k = op.at
-        return builder.add(attrs.evolve(op, at=(_moved(q, q.head, q.row), _moved(k, k.head, q.row))), *args)
+        local, local_k = (n.type.rows for n in graph.args(node)[:2])
+        q, k = op.positions(local, local_k)
+        head, row = q.head - local.head, q.row - local.row
+        return builder.add(attrs.evolve(op, at=(_moved(q, head, row), _moved(k, k.head, row))), *args)
 
     return rewrite(graph, visit)
+
+
+def is_placeless(op: Attend) -> bool:
+    """Return whether which pairs meet does not depend on where the rows stand, if they stand apart by as much."""
+    known = Conjunction.of(op.where)
+    return not (known.opaque or known.dilated or known.heads or op.shift is None)
+
+
+def keeps_place(graph: Graph) -> bool:
+    """Return whether a piece's graph is run where it stands: one origin has to serve all attends, or none."""
+    ops = [op for _, op in graph.of(Attend)]
+    return any(op.dropout or op.biases for op in ops) and not all(is_placeless(op) for op in ops)
+
+
+def origin(part: Part) -> tuple[int, int]:
+    """Return the head and the row from which the normal graph of a piece counts its queries and keys.
+
+    Dropout, and biases by distance, are functions of the head and the positions of a pair.
+    """
+    if part.graph is None or keeps_place(part.graph):
+        return 0, 0
+    op = part.graph.inputs["q"].op
+    assert isinstance(op, Input)
+    return part.piece.head * op.group, part.piece.row
 
 
 def pieces(graph: Graph, loop: tuple[int, int, int]) -> tuple[Piece, ...]:
@@ -204,7 +228,10 @@ def restrict(graph: Graph, piece: Piece) -> Part:
     >>> part.keys, [str(n.type) for n, _ in part.graph.of(Attend)]
     ((0, 6), ['f32[B, 1, 2, 4] + lse', 'f32[B, 1, 2, 4] + lse'])
     """
-    cells = {node.id: list(_cells(node, graph, piece)) for node, _ in graph.of(Attend)}
+    rows = graph.inputs["q"].type.rows.length
+    if (piece.head, piece.heads, piece.row, piece.rows) == (0, kv_heads(graph), 0, rows):
+        return Part(piece, (0, graph.inputs["k"].type.rows.length), graph)
+    cells = dict(cells_of(graph, piece))
     read = [k for found in cells.values() for _, _, k in found]
     if not read:
         return Part(piece, (0, 0), None)
@@ -216,6 +243,12 @@ def restrict(graph: Graph, piece: Piece) -> Part:
 
 Cell = tuple[Attend, RowMap, RowMap]
 """An attend, and the rows of the whole sequence that its q and k are."""
+
+
+def cells_of(graph: Graph, piece: Piece) -> Iterator[tuple[int, list[Cell]]]:
+    """Iterate over the attends of a graph, by id, with what is left of each in a piece."""
+    for node, _ in graph.of(Attend):
+        yield node.id, list(_cells(node, graph, piece))
 
 
 class _Local:
@@ -383,13 +416,12 @@ def _add(total: dict[Term, tuple[int, ...]], found: Mapping[Term, tuple[int, ...
 
 def _check_addresses(part: Part, op: Attend, q: RowMap, k: RowMap) -> None:
     """Check that the rows which a piece's attend reads from its inputs are those that it says."""
-    assert op.at is not None
     assert part.graph is not None
     group = part.graph.inputs["q"].op.group  # type: ignore[attr-defined]
     piece = part.piece
     places = (
-        ("q", q, op.at[0], (piece.head * group, piece.row)),
-        ("k", k, op.at[1], (piece.head, part.keys[0])),
+        ("q", q, op.positions(q, k)[0], (piece.head * group, piece.row)),
+        ("k", k, op.positions(q, k)[1], (piece.head, part.keys[0])),
     )
     for name, local, at, (head, row) in places:
         if (local.head + head, local.row + row, local.axes) != (at.head, at.row, at.axes):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attnplan.ir import RowMap
-from attnplan.runtime.masks import element_indices
+from attnplan.runtime.masks import ORIGIN, element_indices
 
 _BITS = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: neighbouring counters start far apart
@@ -69,4 +69,6 @@ class DropoutMask(torch.nn.Module):
         head, query = element_indices(self.q, lengths[0], q.device, query=True)
         _, key = element_indices(self.k, lengths[1], q.device, query=False)
         batch = torch.arange(q.shape[0], device=q.device).reshape(-1, *(1,) * (query.dim() - 1))
-        return keep_mask(operands["dropout_seed"], batch, head, query, key, self.dropout)
+        first, above, before = operands.get(ORIGIN, (0, 0, 0))
+        places = (batch + first, head + above, query + before, key + before)
+        return keep_mask(operands["dropout_seed"], *places, self.dropout)

@@ -118,11 +118,21 @@ class Store:
             self._file = None
 
     def flush(self) -> None:
-        """Bring what was written to the disk."""
-        if self._file is not None:
-            os.fsync(self._file)
-        elif self._map is not None:
-            self._map.flush()
+        """Bring what was written to the disk.
+
+        Raises
+        ------
+        StreamError
+            If the disk does not take it; what was written since the last time may be lost.
+        """
+        try:
+            if self._file is not None:
+                os.fsync(self._file)
+            elif self._map is not None:
+                self._map.flush()
+        except OSError as error:
+            place = self.path if self._map is None else getattr(self._map, "filename", None)
+            raise StreamError(f"bringing {self.name} {str(place)!r} to the disk failed: {error}") from error
 
     def view(self, where: Where) -> Tensor | None:
         """Return a piece ``[heads, rows, D]`` without a copy; None if it is in a file."""

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from attnplan.errors import SpecError
 from attnplan.ir import Graph, Output
-from attnplan.passes.chunk import Part, Piece, kv_heads, normal, parts, without_loop
+from attnplan.passes.chunk import Part, Piece, kv_heads, normal, origin, parts, without_loop
 from attnplan.runtime.first_order import first_order
-from attnplan.runtime.masks import MaskBuilder
+from attnplan.runtime.masks import ORIGIN, MaskBuilder
+from attnplan.runtime.scores import learned
 from attnplan.runtime.views import accumulator, empty_like_rows
 
 Triple = tuple[Tensor, Tensor, Tensor]
+Place = tuple[slice, slice, slice]
+"""Batch elements, heads and rows of a piece."""
 
 
 class Body(Protocol):
@@ -56,6 +59,8 @@ class LoopedProgram:
         whole = Piece(0, self.heads, 0, graph.inputs["q"].type.rows.length)
         keys = (0, graph.inputs["k"].type.rows.length)
         self.parts = [Part(whole, keys, without_loop(graph))] if output.loop is None else list(parts(graph))
+        self.sinks = output.sinks
+        self.origins = {part.piece: origin(part) for part in self.parts}
         self.bodies = [None if p.graph is None else normal(p.graph) for p in self.parts]
         self.alike = len({b for b in self.bodies if b is not None}) == 1
         self.programs: dict[Graph, Body] = {}
@@ -87,8 +92,10 @@ class LoopedProgram:
         self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Run on q, k, v in ``[B, H, S, D]``."""
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            out, lse = _Looped.apply(self, operands, q, k, v)  # type: ignore[no-untyped-call]
+        names = learned(operands)
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or names):
+            given = (operands[name] for name in names)
+            out, lse = _Looped.apply(self, operands, names, q, k, v, *given)  # type: ignore[no-untyped-call]
             return out, lse
         return self.forward(q, k, v, operands, return_lse)
 
@@ -100,13 +107,14 @@ class LoopedProgram:
         lse = q.new_empty(q.shape[:3], dtype=accumulator(q.dtype)) if need_lse and self.has_lse else None
         for batch, part, body in self._pieces(q.shape[0]):
             queries, keys = self._slices(q, batch, part)
+            own = piece_operands(operands, queries, keys, self.origins[part.piece])
             if body is None:
                 out[queries] = 0
                 if lse is not None:
-                    lse[queries] = -torch.inf
+                    lse[queries] = own["sink_logits"].to(lse.dtype).reshape(-1, 1) if self.sinks else -torch.inf
                 continue
             with torch.no_grad():
-                found = self._program(body)(q[queries], k[keys], v[keys], of_batch(operands, batch), lse is not None)
+                found = self._program(body)(q[queries], k[keys], v[keys], own, lse is not None)
             out[queries].copy_(found[0])
             if lse is not None:
                 assert found[1] is not None
@@ -114,35 +122,56 @@ class LoopedProgram:
             del found  # before the next piece is computed
         return out, lse
 
-    def gradients(self, flow: Sequence[Tensor | None], given: Sequence[Tensor], operands: Mapping[str, Any]) -> Triple:
-        """Return dq, dk, dv from ``(grad, grad_lse)`` and ``(q, k, v, out, lse)``."""
+    def gradients(
+        self,
+        flow: Sequence[Tensor | None],
+        given: Sequence[Tensor],
+        operands: Mapping[str, Any],
+        names: Sequence[str] = (),
+    ) -> tuple[Tensor, ...]:
+        """Return dq, dk, dv from ``(grad, grad_lse)`` and ``(q, k, v, out, lse)``, then those of the named operands."""
         q, k, v, out, lse = given
         dq, dk, dv = (empty_like_rows(x, x.shape[-1], x.dtype) for x in (q, k, v))
         totals: tuple[Tensor, Tensor] | None = None
+        learnt = {n: torch.zeros_like(operands[n], dtype=accumulator(operands[n].dtype)) for n in names}
         found = list(self._pieces(q.shape[0]))
         for place, (batch, part, body) in enumerate(found):
             queries, keys = self._slices(q, batch, part)
             heads = (batch, keys[1])
+            own = piece_operands(operands, queries, keys, self.origins[part.piece])
             if totals is None:
                 totals = tuple(x[heads].new_zeros(x[heads].shape, dtype=accumulator(x.dtype)) for x in (k, v))  # type: ignore[assignment]
             assert totals is not None
+            mine = [None if x is None else x[queries] for x in (*flow, out, lse)]
             if body is None:
                 dq[queries] = 0
+                rest = self._without_keys(mine, own, names)
             else:
-                mine = [None if x is None else x[queries] for x in (*flow, out, lse)]
                 tensors = (q[queries], k[keys], v[keys], mine[2], mine[3])
-                some = piece_gradients(self._program(body), mine[:2], tensors, of_batch(operands, batch))
+                some = piece_gradients(self._program(body), mine[:2], tensors, own, names)
                 dq[queries].copy_(some[0])
-                for total, one in zip(totals, some[1:], strict=True):
+                for total, one in zip(totals, some[1:3], strict=True):
                     total[:, :, part.keys[0] : part.keys[1]].add_(one)
+                rest = dict(zip(names, some[3:], strict=True))
                 del some, total, one  # they would stay until the next piece has its own
+            for name, x in rest.items():
+                learnt[name][piece_slice(name, operands[name], queries, keys)].add_(x)
             following = found[place + 1] if place + 1 < len(found) else None
             if following is None or (following[0], following[1].piece.head) != (batch, part.piece.head):
                 dk[heads], dv[heads] = totals
                 totals = None
-        return dq, dk, dv
+        return dq, dk, dv, *(learnt[n].to(operands[n].dtype) for n in names)
 
-    def _slices(self, q: Tensor, batch: slice, part: Part) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    def _without_keys(
+        self, mine: Sequence[Tensor | None], own: Mapping[str, Any], names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Return the gradients of operands from rows that see no key: sinks have one, of the LSE."""
+        if "sink_logits" not in names or mine[1] is None:
+            return {}
+        covered = own["sink_logits"] > -torch.inf
+        return {"sink_logits": mine[1].sum((0, 2)).where(covered, 0)}
+
+    def _slices(self, q: Tensor, batch: slice, part: Part) -> tuple[Place, Place]:
         """Return where a piece lies in q, and its keys in k and v."""
         piece, group = part.piece, q.shape[1] // self.heads
         heads = slice(piece.head, piece.head + piece.heads)
@@ -151,62 +180,103 @@ class LoopedProgram:
 
 
 def piece_gradients(
-    program: Any, flow: Sequence[Tensor | None], given: Sequence[Tensor | None], operands: Mapping[str, Any]
-) -> Triple:
-    """Return dq, dk, dv of one piece: by the program's own backward, or by computing the piece again under autograd."""
+    program: Any,
+    flow: Sequence[Tensor | None],
+    given: Sequence[Tensor | None],
+    operands: Mapping[str, Any],
+    names: Sequence[str] = (),
+) -> tuple[Tensor, ...]:
+    """Return dq, dk, dv of one piece, then those of the named operands.
+
+    They come from the program's own backward, or from computing the piece again under autograd.
+    """
     q, k, v, out, lse = given
     assert q is not None
     assert k is not None
     assert v is not None
     if hasattr(program, "gradients"):
-        found: Triple = program.gradients(flow, (q, k, v, out, lse), operands)
+        found: tuple[Tensor, ...] = program.gradients(flow, (q, k, v, out, lse), operands, names)
         return found
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, *(operands[n] for n in names))]
     with torch.enable_grad():
-        again = program(*leaves, operands, flow[1] is not None)
+        again = program(*leaves[:3], {**operands, **dict(zip(names, leaves[3:], strict=True))}, flow[1] is not None)
         pairs = [(y, g) for y, g in zip(again, flow, strict=True) if y is not None and g is not None]
     if not pairs:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        return tuple(torch.zeros_like(x) for x in leaves)
     outputs, grads = zip(*pairs, strict=True)
-    dq, dk, dv = torch.autograd.grad(outputs, leaves, grads, allow_unused=True, materialize_grads=True)
-    return dq, dk, dv
+    return torch.autograd.grad(outputs, leaves, grads, allow_unused=True, materialize_grads=True)
 
 
 class _Looped(torch.autograd.Function):
     """Runs a :class:`LoopedProgram`, whose backward computes every piece again."""
 
     @staticmethod
-    def forward(ctx: Any, program: LoopedProgram, operands: Mapping[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Any:
+    def forward(
+        ctx: Any, program: LoopedProgram, operands: Mapping[str, Any], names: tuple[str, ...], *given: Tensor
+    ) -> Any:
+        q, k, v, *own = given
         out, lse = program.forward(q, k, v, operands, True)
-        ctx.program, ctx.operands = program, operands
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.program, ctx.names = program, names
+        ctx.operands = {name: x for name, x in operands.items() if name not in names}
+        ctx.save_for_backward(q, k, v, out, lse, *own)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
-        given = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        given, own = saved[:5], saved[5:]
         grad = torch.zeros_like(given[3]) if grad is None else grad
+        operands = {**ctx.operands, **dict(zip(ctx.names, own, strict=True))}
         with torch.no_grad():
-            gradients = ctx.program.gradients((grad, grad_lse), given, ctx.operands)
-        return None, None, *first_order(gradients)
+            gradients = ctx.program.gradients((grad, grad_lse), given, operands, ctx.names)
+        return None, None, None, *first_order(gradients)
 
 
-def of_batch(operands: Mapping[str, Any], batch: slice) -> dict[str, Any]:
-    """Return the operands of some batch elements."""
-    batched = {"q_offset": 1, "key_padding": 2, "documents": 2}
-    return {
-        name: value[batch]
-        if isinstance(value, Tensor) and batched.get(name) == value.dim() and value.shape[0] > 1
-        else value
-        for name, value in operands.items()
+_AXES = {
+    "q_offset": "b",
+    "key_padding": "b.",
+    "documents": "b.",
+    "bias": "bhqk",
+    "alibi_slopes": "b.",
+    "sink_logits": "h",
+}
+"""Dimensions of operands that pieces have some of: batch elements, query heads, query rows, keys.
+
+Padding, documents and slopes are read at positions and heads of the whole sequence.
+"""
+
+
+def piece_slice(name: str, x: Tensor, queries: Place, keys: Place) -> tuple[slice, ...]:
+    """Return which part of an operand a piece reads: those of the whole, where it broadcasts or has no such dimension.
+
+    Examples
+    --------
+    >>> rows = (slice(0, 1), slice(2, 4), slice(8, 16))
+    >>> piece_slice("bias", torch.zeros(4, 32, 1), rows, (slice(0, 1), slice(1, 2), slice(0, 16)))
+    (slice(2, 4, None), slice(8, 16, None), slice(None, None, None))
+    """
+    ranges = dict(zip("bhqk", (*queries, keys[2]), strict=True))
+    axes = _AXES.get(name, "")
+    axes = axes[len(axes) - x.dim() :] if x.dim() <= len(axes) else ""
+    return tuple(
+        ranges[axis] if axis in ranges and size > 1 else slice(None) for axis, size in zip(axes, x.shape, strict=False)
+    )
+
+
+def piece_operands(operands: Mapping[str, Any], queries: Place, keys: Place, place: tuple[int, int]) -> dict[str, Any]:
+    """Return the operands of a piece, and where its rows stand: the batch element, and a query head and a row."""
+    made = {
+        name: x[piece_slice(name, x, queries, keys)] if isinstance(x, Tensor) and x.dim() else x
+        for name, x in operands.items()
     }
+    return {**made, ORIGIN: (queries[0].start, *place)}
 
 
 def _forget_masks(program: Any) -> None:
     """Let the masks of a piece go after each call: kept for every piece they would be the mask of the whole."""
     fused = getattr(program, "fused", program)
-    for module in (getattr(fused, name, None) for name in ("forward", "backward", "module")):
+    for module in (getattr(fused, name, None) for name in ("forward", "backward", "module", "learned")):
         if isinstance(module, torch.nn.Module):
             for one in module.modules():
                 if isinstance(one, MaskBuilder):

@@ -19,6 +19,8 @@ from attnplan.patterns.counts import Table
 
 _KEPT_MASKS = 4
 _KEPT_CONDITIONS = 4096
+ORIGIN = "origin of the piece"
+"""Key under which the operands of a piece say (batch element, query head, row) from which its indices count."""
 
 
 class MaskBuilder(torch.nn.Module):

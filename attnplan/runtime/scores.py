@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnplan.ir import RowMap
-from attnplan.runtime.masks import element_indices
+from attnplan.runtime.masks import ORIGIN, element_indices
 from attnplan.runtime.views import accumulator
 from attnplan.spec import LEARNED
 
@@ -39,13 +39,24 @@ class BiasBuilder(torch.nn.Module):
         Whether the maps are whole inputs ``[B, H, S, D]``.
     follow
         Whether lengths are those of the tensors that each call brings.
+    local
+        Row maps in the inputs of a piece, which is given the part of ``bias`` that its inputs meet.
     """
 
     def __init__(
-        self, names: Sequence[str], q: RowMap, k: RowMap, shift: int | None, *, whole: bool, follow: bool = False
+        self,
+        names: Sequence[str],
+        q: RowMap,
+        k: RowMap,
+        shift: int | None,
+        *,
+        whole: bool,
+        follow: bool = False,
+        local: tuple[RowMap, RowMap] | None = None,
     ) -> None:
         super().__init__()
         self.names, self.q, self.k, self.shift, self.whole, self.follow = tuple(names), q, k, shift, whole, follow
+        self.local = local or (q, k)
 
     def forward(self, operands: Mapping[str, Any], q: Tensor, k: Tensor) -> Tensor:
         """Return the sum of the biases in the accumulating dtype, for the call's whole q and k."""
@@ -53,10 +64,10 @@ class BiasBuilder(torch.nn.Module):
         parts: list[Tensor] = [getattr(self, f"_{name}")(operands, q, k).to(wide) for name in self.names]
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
-    def _indices(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        lengths = (q.shape[2], k.shape[2]) if self.follow else (self.q.length, self.k.length)
-        head, query = element_indices(self.q, lengths[0], q.device, query=True)
-        _, key = element_indices(self.k, lengths[1], q.device, query=False)
+    def _indices(self, q: Tensor, k: Tensor, maps: tuple[RowMap, RowMap]) -> tuple[Tensor, Tensor, Tensor]:
+        lengths = (q.shape[2], k.shape[2]) if self.follow else (maps[0].length, maps[1].length)
+        head, query = element_indices(maps[0], lengths[0], q.device, query=True)
+        _, key = element_indices(maps[1], lengths[1], q.device, query=False)
         return head, query, key
 
     def _bias(self, operands: Mapping[str, Any], q: Tensor, k: Tensor) -> Tensor:
@@ -64,14 +75,16 @@ class BiasBuilder(torch.nn.Module):
         given = given if given.dim() == 4 else given.unsqueeze(0)
         if self.whole:
             return given
-        each = zip(self._indices(q, k), given.shape[1:], strict=True)
+        maps = self.local if ORIGIN in operands else (self.q, self.k)
+        each = zip(self._indices(q, k, maps), given.shape[1:], strict=True)
         index = [x[0] if size > 1 else x.new_zeros((1,) * (x.dim() - 1)) for x, size in each]
         heads, queries, keys = index
         found: Tensor = given[:, heads, queries, keys]
         return found
 
     def _alibi_slopes(self, operands: Mapping[str, Any], q: Tensor, k: Tensor) -> Tensor:
-        head, query, key = self._indices(q, k)
+        head, query, key = self._indices(q, k, (self.q, self.k))
+        head = head + operands.get(ORIGIN, (0, 0, 0))[1]
         shift: Any = k.shape[2] - q.shape[2] if self.follow else self.shift
         if self.shift is None:
             shift = torch.as_tensor(operands["q_offset"], device=q.device).reshape(-1, *(1,) * (query.dim() - 1))

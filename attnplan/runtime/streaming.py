@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ import attrs
 import torch
 from torch import Tensor
 
-from attnplan.errors import SpecError
+from attnplan.errors import SpecError, StreamError
 from attnplan.ir import Graph
-from attnplan.passes.chunk import Part, normal
+from attnplan.passes.chunk import Part, normal, origin
 from attnplan.runtime.files import Store, Where
-from attnplan.runtime.loops import _forget_masks, of_batch
+from attnplan.runtime.loops import _forget_masks, piece_operands
 
 Progress = Callable[[int, int], None]
 
@@ -107,12 +107,23 @@ class Journal:
         return done
 
     def write(self, done: int) -> None:
-        """Say how many pieces are done."""
+        """Say how many pieces are done.
+
+        Raises
+        ------
+        StreamError
+            If the file cannot be written; the one before it stays.
+        """
         if self.path is None:
             return
         new = self.path.with_name(self.path.name + ".new")
-        new.write_text(json.dumps({"stream": self.digest, "done": done}), encoding="utf-8")
-        os.replace(new, self.path)
+        try:
+            new.write_text(json.dumps({"stream": self.digest, "done": done}), encoding="utf-8")
+            os.replace(new, self.path)
+        except OSError as error:
+            with suppress(OSError):
+                new.unlink(missing_ok=True)
+            raise StreamError(f"cannot write the journal {str(self.path)!r} after piece {done}: {error}") from error
 
     def remove(self) -> None:
         """Remove the file: the stream is done."""
@@ -188,7 +199,9 @@ class Stream:
                 self.programs.pop(next(iter(self.programs)))
             self.programs[body] = self.emit(body)
             _forget_masks(self.programs[body])
-        here = of_batch(self.operands, slice(self.work[number].batch, self.work[number].batch + 1))
+        work, batch = self.work[number], slice(self.work[number].batch, self.work[number].batch + 1)
+        queries, keys = ((batch, *where[1:]) for where in (work.queries, work.keys))
+        here = piece_operands(self.operands, queries, keys, origin(work.part))
         with torch.no_grad():
             out: Tensor = self.programs[body](q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), here, False)[0]
         return out[0]

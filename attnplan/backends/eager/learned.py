@@ -23,6 +23,23 @@ def has_sinks(graph: Graph) -> bool:
     return isinstance(op, Output) and op.sinks
 
 
+def native_sinks(emitter: Emitter, code: fx.Graph, node: Node, operands: fx.Node) -> dict[str, fx.Node]:
+    """Append the sinks that the kernel of an attend joins by itself, and return them as an option; or nothing."""
+    return {"sinks": code.call_function(getitem, (operands, "sink_logits"))} if knows_sinks(emitter, node) else {}
+
+
+def knows_sinks(emitter: Emitter, node: Node) -> bool:
+    """Return whether the kernel joins the sinks by itself: one call of it is the whole plan.
+
+    A sink is one key of a row, wherever its other keys are. The backward is that of any part, given the output and LSE
+    that count the sinks.
+    """
+    op = node.op
+    if not isinstance(op, Attend) or node.id != emitter.result.id or not is_whole(emitter.graph, node):
+        return False
+    return has_sinks(emitter.graph) and "sinks" in emitter.native and not (op.tile or op.loop or op.biases)
+
+
 def sunk(code: fx.Graph, operands: fx.Node, out: fx.Node, lse: fx.Node | None) -> tuple[fx.Node, fx.Node]:
     """Append the merge of output and LSE with the call's sinks."""
     logits = code.call_function(getitem, (operands, "sink_logits"))
@@ -38,7 +55,10 @@ def bias(
         return {}
     name, whole = f"bias_{node.id}", is_whole(emitter.graph, node)
     maps = emitter._mask_rows(node)
-    emitter.modules[name] = scores.BiasBuilder(op.biases, *maps, op.shift, whole=whole, follow=emitter.follow)
+    rows_q, rows_k = (n.type.rows for n in emitter.graph.args(node)[:2])
+    emitter.modules[name] = scores.BiasBuilder(
+        op.biases, *maps, op.shift, whole=whole, follow=emitter.follow, local=(rows_q, rows_k)
+    )
     return {"bias": code.create_node("call_module", name, (operands, *inputs[:2]), name=name)}
 
 
