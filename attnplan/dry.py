@@ -13,7 +13,7 @@ from attnplan.explain import title
 from attnplan.ir import Graph
 from attnplan.ring.choose import RingCandidate, candidate_facts, choose
 from attnplan.ring.mesh import Mesh
-from attnplan.ring.price import Kernel
+from attnplan.ring.price import Kernel, hop_facts
 from attnplan.ring.program import ITEM_BYTES
 from attnplan.spec import AttentionSpec
 from attnplan.units import format_bytes, format_count, format_factor, format_seconds
@@ -25,7 +25,7 @@ SHOWN_HOPS = 12
 def kernels(spec: AttentionSpec, device: Device) -> tuple[Kernel, ...]:
     """Return every schedule that a search would consider on a device."""
     return tuple(
-        Kernel(f"{backend.name} ({schedule.name})", schedule.kernel, _Refuses(backend, schedule, spec, device))
+        Kernel(f"{backend.name} ({schedule.name})", schedule.priced, _Refuses(backend, schedule, spec, device))
         for backend in registry().backends.values()
         if backend.automatic and not backend.naive
         for schedule in backend.schedules(device)
@@ -102,7 +102,7 @@ def dry_run(
             "flops": 2 * max(r.pairs for r in best.ranks) * (spec.head_dim + spec.value_dim),
         },
         "ranks": [_rank_facts(best, i) for i in range(len(best.ranks))],
-        "hops": [h.facts for h in best.slowest.hops],
+        "hops": hop_facts(best.slowest),
         "others": [candidate_facts(c, spec.training) for c in others],
     }
 
@@ -160,17 +160,21 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
 
 def _hop_table(hops: list[dict[str, Any]]) -> Iterator[str]:
     yield ""
-    heads = f"{'hop':>5} {'peers':>6} {'rows asked':>12} {'rows sent':>12} {'bytes':>10} {'arrive':>10} {'compute':>10}"
-    yield f"  {heads}  kernel"
+    heads = f"{'hop':>5} {'peers':>6} {'rows asked':>12} {'rows sent':>12} {'bytes':>10} {'arrive':>10} {'hidden':>7}"
+    yield f"  {heads} {'compute':>10} {'copies':>7}  kernel"
     kept = hops if len(hops) <= SHOWN_HOPS else [*hops[: SHOWN_HOPS - 4], *hops[-4:]]
     for i, hop in enumerate(kept):
         if i and hop["hop"] != kept[i - 1]["hop"] + 1 and len(hops) > SHOWN_HOPS:
             yield f"  ... and {len(hops) - SHOWN_HOPS} more hops; --json lists all"
         yield (
             f"  {hop['hop']:>5} {hop['peers']:>6} {hop['asked']:>12,} {hop['received']:>12,} "
-            f"{format_bytes(hop['bytes']):>10} {format_seconds(hop['comm']):>10} {format_seconds(hop['compute']):>10}"
-            f"  {hop['kernel']}"
+            f"{format_bytes(hop['bytes']):>10} {format_seconds(hop['comm']):>10} {_percent(hop['hidden']):>7} "
+            f"{format_seconds(hop['compute']):>10} {_percent(hop['around'] / hop['compute']):>7}  {hop['kernel']}"
         )
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
 
 
 def _others(others: list[dict[str, Any]], best: float) -> Iterator[str]:

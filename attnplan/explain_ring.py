@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnplan.explain import _shape_line, _share, title
 from attnplan.ring.choose import candidate_facts
+from attnplan.ring.price import hop_facts
 from attnplan.units import format_bytes, format_count, format_factor, format_seconds
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def facts(plan: RingPlan) -> dict[str, Any]:
             "rank": slowest.rank,
         },
         "does": _share(spec),
-        "hops": [h.facts for h in slowest.hops],
+        "hops": hop_facts(slowest),
         "others": [candidate_facts(c, spec.training) for c in plan.candidates[1:]],
         "refused": [{"name": name, "reasons": list(reasons)} for name, reasons in plan.refused],
     }
@@ -70,13 +71,15 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"does       {pairs}busiest rank {choice['imbalance']:.2f} x the mean; verify() proves each pair covered once"
     yield ""
     yield f"  rank {choice['rank']}, the slowest"
-    yield f"  {'hop':>4}  {'from':>8}  {'rows':>9}  {'MiB':>9}  {'pairs':>8}  {'transfer':>10}  {'compute':>10}  kernel"
+    heads = f"{'hop':>4}  {'from':>8}  {'asked':>9}  {'sent':>9}  {'MiB':>9}  {'pairs':>8}  {'transfer':>10}"
+    yield f"  {heads}  {'hidden':>6}  {'compute':>10}  kernel"
     for hop in found["hops"]:
         peers = f"{hop['peers']} ranks" if hop["peers"] != 1 else "1 rank"
+        hidden = "" if hop["hidden"] is None else f"{100 * hop['hidden']:.0f} %"
         yield (
-            f"  {hop['hop']:>4}  {peers if hop['peers'] else 'itself':>8}  {hop['received']:>9,}  "
+            f"  {hop['hop']:>4}  {peers if hop['peers'] else 'itself':>8}  {hop['asked']:>9,}  {hop['received']:>9,}  "
             f"{hop['bytes'] / 2**20:>9.3g}  {format_count(hop['pairs']):>8}  {format_seconds(hop['comm']):>10}  "
-            f"{format_seconds(hop['compute']):>10}  {hop['kernel']}"
+            f"{hidden:>6}  {format_seconds(hop['compute']):>10}  {hop['kernel']}"
         )
     yield from _others(found["others"], choice["seconds"])
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,13 +13,13 @@ from attnplan.backends.base import import_failure
 from attnplan.calls import check_operand_names, require_here
 from attnplan.cost import Target
 from attnplan.errors import NoBackendError, RingError, SpecError, did_you_mean
-from attnplan.ir import Graph
+from attnplan.ir import Attend, Graph
 from attnplan.passes import PullMerge
 from attnplan.plan import Plan
 from attnplan.ring.build import programs, rank_graph
-from attnplan.ring.layouts import Layout
 from attnplan.ring.program import ITEM_BYTES, RankProgram, Traffic, traffic
-from attnplan.search_ring import FoundRing, RingPrediction, Runner
+from attnplan.search_ring import FoundRing, RingPrediction, Runner, without_sinks
+from attnplan.sharding import Sharded
 from attnplan.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 VALIDATE = ("always", "first", "off")
 
 
-class RingPlan(Plan):
+class RingPlan(Sharded, Plan):
     """A chosen way to run a spec over several ranks. Made by :func:`attnplan.compile` with ``mesh=`` or ``ring_size``.
 
     On a mesh it is called with this rank's shards ``[B, H, s, D]``, or with DTensors whose sequence is sharded, and
@@ -63,6 +64,7 @@ class RingPlan(Plan):
         self, spec: AttentionSpec, target: Target, found: FoundRing, mesh: Any, pins: Mapping[str, Any], version: str
     ) -> None:
         self.spec, self.target, self.device, self.mesh = spec, target, target.device, mesh
+        self.core = without_sinks(spec)
         self.candidates: tuple[Any, ...] = found.candidates
         self.pins, self.steps = dict(pins), ()
         self.candidate = found.candidates[0]
@@ -77,7 +79,21 @@ class RingPlan(Plan):
         self.validate, self.timeout = "first", 300.0
         self._version = version
         self._engine: Any = None
+        self._lengths: tuple[int, int] | None = None
         self._lock = threading.Lock()
+        self._swapped, self._has_lse, self._untraced = spec.layout == "bshd", spec.has_lse, ""
+        self._expose()
+
+    def _expose(self) -> None:
+        """Make the plan known to traced programs."""
+        if self.target.torch_device is None or "torch" not in sys.modules:
+            return
+        from attnplan.runtime.planned import handle_of
+        from attnplan.runtime.ring.calls import untraced
+
+        self._handle = handle_of(self)
+        sizes = () if self.mesh is None else self._layout(self.spec.shape.seq_len).shard_sizes
+        self._untraced = untraced(self.spec.rule, self.transport, sizes)
 
     @property
     def shape(self) -> int | tuple[int, int]:
@@ -87,11 +103,11 @@ class RingPlan(Plan):
     @property
     def programs(self) -> tuple[RankProgram, ...]:
         """What each rank does."""
-        return programs(self.spec, self.shape, self.layout, self.transport)
+        return programs(self.core, self.shape, self.layout, self.transport)
 
     def __getattr__(self, name: str) -> Any:
         if name == "graph":  # of this rank, with what it receives; made when it is asked for
-            self.graph = rank_graph(self.spec, self.shape, self.layout, self.transport, self.rank)
+            self.graph = rank_graph(self.core, self.shape, self.layout, self.transport, self.rank)
             return self.graph
         raise AttributeError(f"a plan over several ranks has no {name!r}")
 
@@ -123,6 +139,9 @@ class RingPlan(Plan):
         if program.last is not None and not backward and not spec.has_lse:  # where there is no LSE, none travels
             item = max(4, ITEM_BYTES[spec.dtype])
             one += Traffic(-item * program.last.sent, -item * program.last.received)
+        if program.first is not None and backward and spec.sink_logits:  # sinks ask for the gradient of the LSE
+            item = max(4, ITEM_BYTES[spec.dtype])
+            one += Traffic(item * program.first.sent, item * program.first.received)
         return Traffic(one.sent * times, one.received * times)
 
     def configure(self, *, validate: str | None = None, timeout: float | None = None) -> RingPlan:
@@ -163,8 +182,9 @@ class RingPlan(Plan):
         return_lse
             Return the log-sum-exp of each row too.
         **operands
-            ``documents``, ``key_padding`` and ``dropout_seed``, as :meth:`attnplan.Plan.__call__` takes them: of the
-            whole sequence, and the same on every rank.
+            ``documents``, ``key_padding``, ``dropout_seed``, ``alibi_slopes`` and ``sink_logits``, as
+            :meth:`attnplan.Plan.__call__` takes them: of the whole sequence, and the same on every rank. On a mesh the
+            gradient of slopes and sinks is that of this rank's rows, as it is for every weight: sum it over the ranks.
 
         Returns
         -------
@@ -180,23 +200,78 @@ class RingPlan(Plan):
         NoBackendError
             If the plan is for hardware that is not here.
         """
-        require_here(self.target)
+        from torch.compiler import is_compiling
+
         from attnplan.runtime.ring.calls import run_call
 
-        check_operand_names(operands, self.spec.operands)
-        missing = sorted(self.spec.operands - set(operands))
+        if is_compiling():
+            return self._traced(q, k, v, return_lse, operands)
+        require_here(self.target)
+        self._check_operands(operands, self.spec)
+        return run_call(self, q, k, v, return_lse, operands)
+
+    @staticmethod
+    def _check_operands(operands: Mapping[str, Any], spec: AttentionSpec) -> None:
+        check_operand_names(operands, spec.operands)
+        missing = sorted(spec.operands - set(operands))
         if missing:
             raise SpecError(f"the spec needs {', '.join(missing)} with each call: plan(q, k, v, {missing[0]}=...)")
-        return run_call(self, q, k, v, return_lse, operands)
+
+    def _traced(
+        self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool, operands: Mapping[str, Any]
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the nodes of a call in a traced program: one operator, or a break where it cannot be one."""
+        from torch import compiler
+
+        from attnplan.runtime.ring.calls import SINKS, broken_out, is_dtensor, with_sinks
+
+        if compiler._is_exporting_flag:
+            raise SpecError(f"a plan over {self.ranks} ranks is no part of an exported program: its processes are gone")
+        why = "tensors" if self.mesh is not None and is_dtensor(q) else self._untraced
+        if why:
+            broken: Tensor | tuple[Tensor, Tensor] = broken_out[why](self, q, k, v, return_lse, operands)
+            return broken
+        if not self.spec.sink_logits:
+            return super()._traced(q, k, v, return_lse, operands)
+        if SINKS not in operands:
+            raise SpecError("the spec needs sink_logits with each call: plan(q, k, v, sink_logits=...)")
+        inner = {name: x for name, x in operands.items() if name != SINKS}
+        out, lse = super()._traced(q, k, v, True, inner)
+        swapped = out.transpose(1, 2) if self._swapped else out
+        out, lse = with_sinks(swapped, lse, operands)
+        out = out.transpose(1, 2) if self._swapped else out
+        return (out, lse) if return_lse else out
+
+    def answer(
+        self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Check a call and run it, on q, k, v in ``[B, H, S, D]`` whatever the layout; for traced programs."""
+        from attnplan.runtime.ring.calls import answer
+
+        self._check_operands(operands, self.core)
+        return answer(self, q, k, v, operands)
+
+    def gradients(
+        self,
+        flow: Sequence[Tensor | None],
+        given: Sequence[Tensor],
+        operands: Mapping[str, Any],
+        names: Sequence[str] = (),
+    ) -> tuple[Tensor, ...]:
+        """Return dq, dk, dv from ``(grad, grad_lse)`` and ``(q, k, v, out, lse)``; for traced programs."""
+        from attnplan.runtime.ring.calls import gradients
+
+        return gradients(self, flow, given, operands, names)
 
     @property
     def lengths(self) -> tuple[int, int]:
         """Rows of q and of k that a call brings: those of this rank's shard, or all of them."""
-        shape = self.spec.shape
-        if self.mesh is None:
-            return shape.seq_len, shape.kv_len
-        sizes = (self._layout(n).shard_sizes[self.rank] for n in (shape.seq_len, shape.kv_len))
-        return next(sizes), next(sizes)
+        if self._lengths is None:
+            shape = self.spec.shape
+            whole = (shape.seq_len, shape.kv_len)
+            queries, keys = whole if self.mesh is None else (self._layout(n).shard_sizes[self.rank] for n in whole)
+            self._lengths = queries, keys
+        return self._lengths
 
     @property
     def engine(self) -> Any:
@@ -210,7 +285,7 @@ class RingPlan(Plan):
         from attnplan.runtime.ring.engines import RealEngine, VirtualEngine
         from attnplan.runtime.ring.executor import Rank
 
-        spec, every = self.spec, self.programs
+        spec, every = self.core, self.programs
         if self.mesh is None:
             shape = spec.shape
             ranks = [Rank(p, spec, list(self._parts(p))) for p in every]
@@ -242,21 +317,23 @@ class RingPlan(Plan):
                 if graph is None:
                     made.append(None)
                     continue
-                made.append(part(self._emitted(graph, device)[1]))
+                made.append(part(self._emitted(graph, device)[1], graph))
             yield made
 
     def _emitted(self, graph: Graph, device: str) -> tuple[Runner, Any]:
         """Return who runs a graph, and its program; where our own kernels run, its parts are joined by one of them."""
         runner = self._runner(graph)
-        pulled = PullMerge()(graph) if runner.schedule.fused and import_failure("triton") is None else graph
-        if pulled != graph and not runner.backend.refuse(pulled, self.spec, runner.schedule, self.device):
+        several = len(graph.of(Attend)) > 1  # the pieces of one attend are taken as they are
+        pulls = several and runner.schedule.fused and import_failure("triton") is None
+        pulled = PullMerge()(graph) if pulls else graph
+        if pulled != graph and not runner.backend.refuse(pulled, self.core, runner.schedule, self.device):
             graph = pulled
-        return runner, runner.backend.emit(graph, self.spec, runner.schedule, device)
+        return runner, runner.backend.emit(graph, self.core, runner.schedule, device)
 
     def _runner(self, graph: Graph) -> Runner:
         reasons = []
         for runner in self.runners:
-            why = runner.backend.refuse(graph, self.spec, runner.schedule, self.device)
+            why = runner.backend.refuse(graph, self.core, runner.schedule, self.device)
             if not why:
                 return runner
             reasons.append(f"  {runner.name}: {'; '.join(why)}")
@@ -278,123 +355,6 @@ class RingPlan(Plan):
         require_here(self.target)
         assert self.engine is not None
         return self
-
-    def _layout(self, length: int) -> Layout:
-        return Layout(self.layout, self.ranks, length)  # type: ignore[arg-type]  # one of the known kinds
-
-    def _held(self, length: int) -> list[Any]:
-        """Return the rows of every rank."""
-        from attnplan.runtime.ring.rows import Span
-
-        layout = self._layout(length)
-        return [[Span(0, 1, p.start, p.step, p.count) for p in layout.rows(r)] for r in range(self.ranks)]
-
-    def positions(self, rank: int | None = None) -> Any:
-        """Return the positions in the whole sequence of a rank's rows, in the order of its shard: int64 ``[s]``.
-
-        Parameters
-        ----------
-        rank
-            Which rank; the default is that of this process.
-
-        Examples
-        --------
-        >>> import attnplan
-        >>> spec = attnplan.AttentionSpec(seq_len=8, heads=2, head_dim=8, dtype="float32", ring_size=2)
-        >>> attnplan.compile(spec, device="cpu", strategy="zigzag > ring").positions(0)
-        tensor([0, 1, 6, 7])
-        """
-        from attnplan.runtime.ring.shards import positions
-
-        rank = self.rank if rank is None else rank
-        if not 0 <= rank < self.ranks:
-            raise RingError(f"there is no rank {rank}: the plan has ranks 0 to {self.ranks - 1}")
-        return positions(self._held(self.spec.shape.seq_len)[rank])
-
-    def shard(self, tensor: Tensor, dim: int | None = None) -> Tensor:
-        """Return this rank's rows of a whole tensor. Differentiable.
-
-        Parameters
-        ----------
-        tensor
-            A tensor with a dimension of the sequence.
-        dim
-            That dimension; the default is the spec's for four dimensions, else 1.
-
-        Raises
-        ------
-        RingError
-            If the plan has no mesh.
-        SpecError
-            If the dimension is not as long as the sequence.
-        """
-        from attnplan.runtime.ring.shards import cut
-
-        self._need_mesh("shard")
-        dim = self._dimension(tensor, dim)
-        shape, length = self.spec.shape, tensor.shape[dim]
-        if length not in (shape.seq_len, shape.kv_len):
-            raise SpecError(f"dimension {dim} of {list(tensor.shape)} is no sequence of {shape.seq_len} rows")
-        return cut(tensor, dim, self._held(length)[self.rank])
-
-    def unshard(self, tensor: Tensor, dim: int | None = None) -> Tensor:
-        """Return the whole tensor, on every rank, from the ranks' shards. Every rank must call it; not differentiable.
-
-        Parameters
-        ----------
-        tensor
-            This rank's rows.
-        dim
-            The dimension of the sequence; the default is the spec's for four dimensions, else 1.
-
-        Raises
-        ------
-        RingError
-            If the plan has no mesh, or the tensor is not as long as this rank's shard.
-        """
-        self._need_mesh("unshard")
-        from attnplan.runtime.ring.groups import group_of
-        from attnplan.runtime.ring.shards import gather
-
-        dim, shape = self._dimension(tensor, dim), self.spec.shape
-        fits = [n for n in (shape.seq_len, shape.kv_len) if self._layout(n).shard_sizes[self.rank] == tensor.shape[dim]]
-        return gather(tensor, dim, self._held(fits[0] if fits else shape.seq_len), group_of(self.mesh))
-
-    def shard_batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Return this rank's part of a batch: its rows of tokens, labels and the like, and their ``positions``.
-
-        Parameters
-        ----------
-        batch
-            Tensors ``[B, S, ...]`` or ``[S]``, sharded alike; ``documents`` and ``key_padding`` describe the whole
-            sequence and stay whole. Labels must have been shifted before: the next token may be on another rank.
-
-        Returns
-        -------
-        dict
-            The same names, and ``positions``, int64 ``[s]``, unless the batch has them already.
-
-        Raises
-        ------
-        RingError
-            If the plan has no mesh.
-        SpecError
-            If a tensor has no dimension of the sequence.
-        """
-        from attnplan.runtime.ring.shards import cut_batch
-
-        self._need_mesh("shard_batch")
-        length = self.spec.shape.seq_len
-        return cut_batch(batch, length, self._held(length)[self.rank])
-
-    def _dimension(self, tensor: Tensor, dim: int | None) -> int:
-        if dim is None:
-            return (2 if self.spec.layout == "bhsd" else 1) if tensor.dim() == 4 else min(1, tensor.dim() - 1)
-        return dim % tensor.dim()
-
-    def _need_mesh(self, what: str) -> None:
-        if self.mesh is None:
-            raise RingError(f"{what} is for a ring of processes: this plan has no mesh, call it with whole tensors")
 
     def explain(self, format: str = "text", *, measure: bool = False) -> Any:  # noqa: A002  # the public name
         """Return what was chosen, why, what moves at each hop, and what everything costs.

@@ -9,13 +9,13 @@ import attrs
 
 from attnplan.backends import Backend, Schedule, registry
 from attnplan.cost import Device, Target, resolve
-from attnplan.errors import MemoryBudgetError, NoBackendError, RingError, SpecError, did_you_mean
+from attnplan.errors import MemoryBudgetError, NoBackendError, SpecError, did_you_mean
 from attnplan.ir import Graph
 from attnplan.ring.choose import RingCandidate, choose
 from attnplan.ring.layouts import LAYOUTS
 from attnplan.ring.price import Kernel
 from attnplan.ring.transports import TRANSPORTS
-from attnplan.spec import LEARNED, AttentionSpec
+from attnplan.spec import AttentionSpec
 from attnplan.units import format_bytes
 
 
@@ -74,11 +74,7 @@ def search_ring(
     RingError
         If no layout and transport can carry the spec, or it has operands that a ring has no gradients for.
     """
-    learned = [name for name in LEARNED if name in spec.operands]
-    if learned:
-        raise RingError(
-            f"{', '.join(learned)}: a ring has no gradients for operands yet; leave out mesh= and ring_size="
-        )
+    spec = without_sinks(spec)
     layout, transport = split_strategy(pins["strategy"])
     accepted, refused = _runners(target, pins["backend"], deterministic=deterministic)
     if not accepted:
@@ -90,6 +86,11 @@ def search_ring(
     first = [r for r in accepted if r.name == most]
     rest = [r for r in accepted if r.name != most]
     return FoundRing(found, (*first, *rest), tuple(refused))
+
+
+def without_sinks(spec: AttentionSpec) -> AttentionSpec:
+    """Return what ranks compute together: each row's sink joins its softmax at the end, where the row is."""
+    return attrs.evolve(spec, sink_logits=False) if spec.sink_logits else spec
 
 
 def split_strategy(strategy: str) -> tuple[str, str]:
@@ -167,7 +168,7 @@ def _kernel(runner: Runner, spec: AttentionSpec, device: Device) -> Kernel:
     def refuses(graph: Graph) -> bool:
         return bool(runner.backend.refuse(graph, spec, runner.schedule, device))
 
-    return Kernel(runner.name, runner.schedule.kernel, refuses)
+    return Kernel(runner.name, runner.schedule.priced, refuses)
 
 
 def _most_used(candidate: RingCandidate) -> str:

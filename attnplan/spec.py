@@ -168,9 +168,8 @@ class AttentionSpec:
             raise SpecError(
                 f"sink_logits join one softmax, and under mix={self.rule!r} each branch has its own; use the rule 'lse'"
             )
-        if self.ring_size > 1 and (self.biases or self.sink_logits):
-            given = " and ".join(name for name in LEARNED if getattr(self, name))
-            raise SpecError(f"{given} need ring_size=1: no ring sums their gradients, got ring_size={self.ring_size}")
+        if self.ring_size > 1 and self.bias:
+            raise SpecError(f"a bias would lie whole on every rank: it needs ring_size=1, got {self.ring_size}")
 
     def _check_sizes(self) -> None:
         for name in ("heads", "head_dim", "kv_heads", "value_dim", "batch", "ring_size"):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from attnplan.ring.proof import check_ring
+from attnplan.spec import LEARNED
 from attnplan.verify import (
     GRADIENT_TOLERANCES,
     TOLERANCES,
@@ -32,11 +33,13 @@ if TYPE_CHECKING:
 def verify_ring(plan: RingPlan, rows: int, seed: int) -> Report:
     """Verify a plan over several ranks; see :meth:`attnplan.plan_ring.RingPlan.verify`."""
     names = "the ring", f"{plan!r}, rank {plan.rank},"
-    return judged(plan, rows, lambda: check_ring(plan.programs, plan.spec), lambda: _compare(plan, rows, seed), names)
+    return judged(plan, rows, lambda: check_ring(plan.programs, plan.core), lambda: _compare(plan, rows, seed), names)
 
 
 def _compare(plan: RingPlan, rows: int, seed: int) -> tuple[Check, ...]:
     import torch
+
+    from attnplan.runtime.ring.groups import group_of
 
     spec, device = plan.spec, str(plan.target.torch_device)
     generator = torch.Generator().manual_seed(seed)
@@ -46,16 +49,20 @@ def _compare(plan: RingPlan, rows: int, seed: int) -> tuple[Check, ...]:
     heads, positions = sample // spec.shape.seq_len, sample % spec.shape.seq_len
     dtype = getattr(torch, spec.dtype)
     upstream = torch.randn(spec.batch, len(sample), spec.value_dim, generator=generator).to(device, dtype)
-    wide = [x.double().requires_grad_() for x in inputs]
-    inner = [x.transpose(1, 2) for x in wide] if spec.layout == "bshd" else wide
-    want, want_lse = sampled_attention(spec, inner[0], inner[1], inner[2], operands, heads, positions)
+    names = [name for name in LEARNED if name in operands]
+    wide = [x.double().requires_grad_() for x in (*inputs, *(operands[name] for name in names))]
+    given = {**operands, **dict(zip(names, wide[3:], strict=True))}
+    inner = [x.transpose(1, 2) for x in wide[:3]] if spec.layout == "bshd" else wide
+    want, want_lse = sampled_attention(spec, inner[0], inner[1], inner[2], given, heads, positions)
     wanted = torch.autograd.grad((want * upstream.double()).sum(), wide)
     own: Callable[[Tensor], Tensor] = plan.shard if plan.mesh is not None else lambda x: x
     q, k, v = (own(x).detach().clone().requires_grad_() for x in inputs)
+    operands |= {name: operands[name].requires_grad_() for name in names}
     out, lse = plan(q, k, v, return_lse=True, **operands) if spec.has_lse else (plan(q, k, v, **operands), None)
     here, rank_heads, rank_rows = _held_here(plan, heads, positions)
     got = (out.transpose(1, 2) if spec.layout == "bshd" else out)[:, rank_heads, rank_rows]
-    grads = torch.autograd.grad((got * upstream[:, here]).sum(), (q, k, v))
+    leaves = (q, k, v, *(operands[name] for name in names))
+    dq, dk, dv, *more = torch.autograd.grad((got * upstream[:, here]).sum(), leaves)
     limit, gradient_limit = TOLERANCES[spec.dtype], GRADIENT_TOLERANCES[spec.dtype]
     checks = [Check("output", relative_error(got, want[:, here]), limit)]
     if lse is not None and want_lse is not None:
@@ -63,8 +70,12 @@ def _compare(plan: RingPlan, rows: int, seed: int) -> tuple[Check, ...]:
         checks.append(Check("lse", error, max(limit, 2e-6)))
     checks += [
         Check(f"grad {name}", relative_error(g, own(w)), gradient_limit)
-        for name, g, w in zip("qkv", grads, wanted, strict=True)
+        for name, g, w in zip("qkv", (dq, dk, dv), wanted[:3], strict=True)
     ]
+    for name, g, w in zip(names, more, wanted[3:], strict=True):
+        if plan.mesh is not None:
+            torch.distributed.all_reduce(g, group=group_of(plan.mesh))
+        checks.append(Check(f"grad {name}", relative_error(g, w), gradient_limit))
     return tuple(checks)
 
 

@@ -1,11 +1,14 @@
-"""Measures rings over NCCL, beside a plain ring, an all-gather and the ideal; or tries the script over gloo on the CPU.
+"""Measures rings over NCCL, beside others and the ideal; or tries the script over gloo on the CPU.
 
-    python -m bench.ring --gpu --ranks 2 --json OUT.json --budget 500     one process for each GPU of this machine
+    python -m bench.ring --gpu --json OUT.json --budget 280               one process for each GPU of this machine
+    python -m bench.ring --gpu --only longnet30 --json OUT.json           LongNet over 2^30 tokens
+    torchrun --nproc-per-node 4 -m bench.ring --gpu --json OUT.json       the same, started by torchrun
     python -m bench.ring --ranks 2 --json OUT.json                        tiny, on the CPU: tries the script only
 
-The ideal is the time of one GPU's kernel on the whole problem divided by the number of ranks. Each row is one
-contest; times are medians over rounds of the slowest rank, between CUDA events. Sampled rows of the output are compared
-with float64 in the same run. A row that fails says so, and the others go on.
+The others are a plain ring and an all-gather written by hand, and torch's own context parallel. The ideal is the time
+of one GPU's kernel on the whole problem divided by the number of ranks. Times are medians over rounds of the slowest
+rank, between CUDA events. Sampled rows of each output are compared with float64 in the same run; in the end the bytes
+of plans are compared with the messages that torch's profiler sees. A row that fails says so, and the others go on.
 """
 
 from __future__ import annotations
@@ -27,7 +30,6 @@ import attrs
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -35,15 +37,19 @@ import attnplan
 from attnplan import AttentionSpec
 from attnplan import patterns as P
 from attnplan.errors import AttnPlanError
+from attnplan.ring import Layout
 from attnplan.runtime.ring.groups import group_of
-from attnplan.runtime.ring.shards import cut
 from attnplan.verify import sampled_attention
+from bench.ring_others import Gathered, Ring, torch_sharded
+from bench.ring_profile import profiled_bytes
 
+PROGRAMS = 2
+"""Counts what was changed in the programs of ranks, so that rows of older ones are not compared with newer prices."""
 STRATEGIES = (
-    "auto", "zigzag > ring", "zigzag > rows", "zigzag > all-gather", "contiguous > ulysses", "contiguous > ring",
-    "striped > ring",
+    "auto", "zigzag > ring", "contiguous > ulysses", "striped > all-gather", "zigzag > rows", "striped > ring",
+    "contiguous > ring",
 )  # fmt: skip
-LONGNET_STRATEGIES = ("auto", "contiguous > rows", "zigzag > rows", "contiguous > all-gather", "contiguous > ulysses")
+LONGNET_STRATEGIES = ("auto", "contiguous > rows", "zigzag > rows", "contiguous > ulysses")
 
 
 @attrs.frozen
@@ -94,12 +100,12 @@ class Bench:
         dist.all_reduce(x, dist.ReduceOp.MAX)
         return float(x.item())
 
-    def timed(self, call: Callable[[], Any]) -> float:
+    def timed(self, call: Callable[[], Any], warm: int = 2, rounds: int = 0) -> float:
         """Return the median seconds of a call on the slowest rank."""
-        for _ in range(2):
+        for _ in range(warm):
             call()
         found = []
-        for _ in range(self.setting.rounds):
+        for _ in range(rounds or self.setting.rounds):
             dist.barrier()
             if self.setting.kind == "cuda":
                 start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -115,6 +121,10 @@ class Bench:
                 seconds = time.perf_counter() - begin
             found.append(self.slowest(seconds))
         return statistics.median(found)
+
+    def peak(self) -> float:
+        """Return the largest number of bytes that this rank's row has allocated."""
+        return float(torch.cuda.max_memory_allocated()) if self.setting.kind == "cuda" else 0.0
 
     def both(self, call: Callable[..., Tensor], tensors: list[Tensor], grad: Tensor) -> dict[str, float]:
         """Return forward, and forward and backward seconds."""
@@ -159,7 +169,11 @@ def tensors_of(bench: Bench, spec: AttentionSpec, seed: int = 0) -> list[Tensor]
 
 def sampled_error(bench: Bench, spec: AttentionSpec, plan: Any, out: Tensor, whole: list[Tensor]) -> float:
     """Return the largest relative error of sampled rows of the output, over all ranks."""
-    held = plan.positions().to(bench.device)
+    return error_at(bench, spec, plan.positions().to(bench.device), out, whole)
+
+
+def error_at(bench: Bench, spec: AttentionSpec, held: Tensor, out: Tensor, whole: list[Tensor]) -> float:
+    """Return the same for rows whose positions in the whole sequence are given."""
     generator = torch.Generator().manual_seed(1 + bench.rank)
     where = torch.randint(0, len(held), (bench.setting.rows,), generator=generator).to(bench.device)
     heads = torch.sort(torch.randint(0, spec.heads, (bench.setting.rows,), generator=generator)).values
@@ -188,8 +202,7 @@ def _by_head(spec: AttentionSpec) -> bool:
 def ours(bench: Bench, spec: AttentionSpec, strategy: str, ideal: dict[str, float]) -> dict[str, Any]:
     plan = attnplan.compile(spec, mesh=bench.mesh, strategy=strategy)
     whole = tensors_of(bench, spec)
-    held = plan._held(spec.shape.seq_len)[bench.rank]
-    q, k, v, grad = (cut(x, 2, held).contiguous() for x in whole)
+    q, k, v, grad = (plan.shard(x, 2).contiguous() for x in whole)
     with torch.no_grad():
         error = sampled_error(bench, spec, plan, plan(q, k, v), whole)
     del whole
@@ -201,19 +214,27 @@ def ours(bench: Bench, spec: AttentionSpec, strategy: str, ideal: dict[str, floa
     return {
         **times,
         **moved,
-        **{f"efficiency_{n}": ideal[f"{n}_s"] / times[f"{n}_s"] for n in ("forward", "training") if ideal},
+        **_efficiency(times, ideal),
         "layout": plan.layout,
         "transport": plan.transport,
         "backend": f"{plan.backend} ({plan.schedule})",
         "predicted_s": plan.predicted.seconds,
         "error": error,
-        "right": error <= (8e-3 if spec.dtype == "bfloat16" else 1e-5),
-        "peak_bytes": int(bench.slowest(peak(bench))),
+        "right": error <= _tolerance(spec),
+        "peak_bytes": int(bench.slowest(bench.peak())),
     }
 
 
-def peak(bench: Bench) -> float:
-    return float(torch.cuda.max_memory_allocated()) if bench.setting.kind == "cuda" else 0.0
+def profiled(bench: Bench, spec: AttentionSpec, strategy: str) -> dict[str, Any]:
+    """Compare the bytes of a forward pass with the messages that the profiler sees, on every rank."""
+    plan = attnplan.compile(spec, mesh=bench.mesh, strategy=strategy)
+    q, k, v = (plan.shard(x, 2).contiguous() for x in tensors_of(bench, spec)[:3])
+    with torch.no_grad():
+        plan(q, k, v)
+        seen = profiled_bytes(lambda: plan(q, k, v), bench.ranks, bench.setting.kind)
+    planned = plan.traffic(bench.rank).sent
+    worst = bench.slowest(abs(seen["total"] - planned))
+    return {**seen, "planned": planned, "equal": not worst if seen["messages"] else None, "strategy": plan.strategy}
 
 
 def single(bench: Bench, spec: AttentionSpec) -> dict[str, float]:
@@ -224,60 +245,45 @@ def single(bench: Bench, spec: AttentionSpec) -> dict[str, float]:
     return {name: seconds / bench.ranks for name, seconds in times.items()}
 
 
-def plain_ring(bench: Bench, spec: AttentionSpec) -> dict[str, Any]:
-    """Time a plain causal ring over contiguous shards: whole shards handed on, every hop waits for its keys."""
+def by_hand(bench: Bench, spec: AttentionSpec, kind: type[Ring], ideal: dict[str, float]) -> dict[str, Any]:
+    """Time a ring or an all-gather that was written by hand, over contiguous shards."""
+    whole = tensors_of(bench, spec)
     n = spec.shape.seq_len // bench.ranks
-    shards = [x[:, :, bench.rank * n : (bench.rank + 1) * n].contiguous() for x in tensors_of(bench, spec)[:3]]
-    group, grouped = group_of(bench.mesh), spec.heads != spec.kv_heads
-
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor | None = None
-        for hop in range(bench.ranks):
-            if hop == 0:
-                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-            elif hop <= bench.rank:
-                out = out + F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)  # a merge costs as much
-            if hop < bench.ranks - 1:
-                k, v = _passed_on(bench, group, (k, v))
-        assert out is not None
-        return out
-
+    rows = slice(bench.rank * n, (bench.rank + 1) * n)
+    q, k, v, grad = (x[:, :, rows].contiguous() for x in whole)
+    call = kind(group_of(bench.mesh), bench.rank, bench.ranks, spec, bench.setting.kind)
     with torch.no_grad():
-        return {"forward_s": bench.timed(lambda: call(*shards)), "note": "time only: parts are added, not merged"}
+        held = torch.arange(rows.start, rows.stop, device=bench.device)
+        error = error_at(bench, spec, held, call(q, k, v), whole)
+        del whole
+        times = {"forward_s": bench.timed(lambda: call(q, k, v))}
+    if kind is Ring:
+        times = bench.both(call, [q, k, v], grad)
+    return {**times, **_efficiency(times, ideal), "error": error, "right": error <= _tolerance(spec)}
 
 
-def _passed_on(bench: Bench, group: Any, tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    after, before = (bench.rank + 1) % bench.ranks, (bench.rank - 1) % bench.ranks
-    received = [torch.empty_like(x) for x in tensors]
-    operations = [dist.P2POp(dist.isend, x, group=group, group_peer=after) for x in tensors]
-    operations += [dist.P2POp(dist.irecv, x, group=group, group_peer=before) for x in received]
-    for work in dist.batch_isend_irecv(operations):
-        work.wait()
-    return received
+def torch_context_parallel(bench: Bench, spec: AttentionSpec, method: str, ideal: dict[str, float]) -> dict[str, Any]:
+    """Time torch's own context parallel, which shards head and tail, as zigzag does."""
+    whole = tensors_of(bench, spec)
+    wide = [x if x.shape[1] == spec.heads else x.repeat_interleave(spec.heads // spec.kv_heads, 1) for x in whole]
+    tensors = [x.clone() for x in wide]  # they are sharded in place
+    with torch_sharded(bench.mesh, tensors, method, bench.setting.kind) as call:
+        q, k, v, grad = (x.contiguous() for x in tensors)
+        with torch.no_grad():
+            out = call(q, k, v)
+        times = bench.both(call, [q, k, v], grad)
+    held = torch.tensor(Layout("zigzag", bench.ranks, spec.shape.seq_len).positions(bench.rank), device=bench.device)
+    error = error_at(bench, spec, held, out, whole)
+    return {**times, **_efficiency(times, ideal), "error": error, "right": error <= _tolerance(spec)}
 
 
-def all_gathered(bench: Bench, spec: AttentionSpec) -> dict[str, Any]:
-    """Time an all-gather of the keys, then attention of contiguous shards over them."""
-    n = spec.shape.seq_len // bench.ranks
-    q, k, v = (x[:, :, bench.rank * n : (bench.rank + 1) * n].contiguous() for x in tensors_of(bench, spec)[:3])
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    grouped = spec.heads != spec.kv_heads
+def _efficiency(times: dict[str, float], ideal: dict[str, float]) -> dict[str, float]:
+    names = ("forward", "training") if ideal else ()
+    return {f"efficiency_{n}": ideal[f"{n}_s"] / times[f"{n}_s"] for n in names if f"{n}_s" in times}
 
-    def call() -> Tensor:
-        found = []
-        for x in (k, v):
-            flat = x.new_empty(bench.ranks * x.numel())
-            gather(flat, x.reshape(-1), group=group_of(bench.mesh))
-            every = flat.view(bench.ranks, *x.shape)
-            found.append(every.permute(1, 2, 0, 3, 4).flatten(2, 3))
-        past = (bench.rank + 1) * n
-        keys, values = (x[:, :, :past] for x in found)
-        if bench.rank:
-            F.scaled_dot_product_attention(q, keys[:, :, : past - n], values[:, :, : past - n], enable_gqa=grouped)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
-    with torch.no_grad():
-        return {"forward_s": bench.timed(call), "note": "time only: the two parts are not merged"}
+def _tolerance(spec: AttentionSpec) -> float:
+    return 8e-3 if spec.dtype == "bfloat16" else 1e-5
 
 
 def contests(bench: Bench) -> Iterator[tuple[str, AttentionSpec, tuple[str, ...]]]:
@@ -296,17 +302,30 @@ def contests(bench: Bench) -> Iterator[tuple[str, AttentionSpec, tuple[str, ...]
 
 
 def run(bench: Bench, write: Callable[[], None]) -> None:
+    """Measure every contest; what may hang, or slows what comes after it, comes last."""
+    ideals: list[tuple[str, AttentionSpec, dict[str, Any], dict[str, float]]] = []
     for name, spec, strategies in contests(bench):
         fields = {"spec": spec.to_dict(), "ranks": bench.ranks}
         bench.add(f"{name}: one device / {bench.ranks}", fields, lambda spec=spec: single(bench, spec))
         ideal = {n: bench.rows[-1][n] for n in ("forward_s", "training_s") if n in bench.rows[-1]}
+        ideals.append((name, spec, fields, ideal))
         write()
         for strategy in strategies:
             bench.add(f"{name}: {strategy}", fields, lambda s=spec, x=strategy, i=ideal: ours(bench, s, x, i))
             write()
-        if not _by_head(spec):
-            bench.add(f"{name}: a plain ring", fields, lambda spec=spec: plain_ring(bench, spec))
-            bench.add(f"{name}: an all-gather", fields, lambda spec=spec: all_gathered(bench, spec))
+        for other, kind in () if _by_head(spec) else (("a plain ring", Ring), ("an all-gather", Gathered)):
+            bench.add(f"{name}: {other}", fields, lambda s=spec, k=kind, i=ideal: by_hand(bench, s, k, i))
+            write()
+    for name, spec, fields, ideal in ideals:
+        for method in () if _by_head(spec) else ("allgather", "alltoall"):
+            bench.add(
+                f"{name}: torch context_parallel, {method}", fields,
+                lambda s=spec, m=method, i=ideal: torch_context_parallel(bench, s, m, i),
+            )  # fmt: skip
+            write()
+    for name, spec, fields, _ in ideals[1:]:
+        for strategy in ("auto",) if _by_head(spec) else ("zigzag > ring", "zigzag > rows", "contiguous > ulysses"):
+            bench.add(f"{name}: messages, {strategy}", fields, lambda s=spec, x=strategy: profiled(bench, s, x))
             write()
 
 
@@ -315,45 +334,58 @@ def shown(row: dict[str, Any]) -> str:
     for word in ("skipped", "refused", "failed"):
         if word in row:
             return f"{row['name']:<44} {word}: {str(row[word])[:150]}"
+    if "messages" in row:
+        says = {True: "as planned", False: "NOT as planned", None: "the profiler recorded no messages"}[row["equal"]]
+        return f"{row['name']:<44} {row['total']:,} bytes sent by rank 0, {row['planned']:,} in the plan: {says}"
     line = f"{row['name']:<44} forward {row['forward_s'] * 1e3:9.3f} ms"
     if "training_s" in row:
         line += f"   training {row['training_s'] * 1e3:9.3f} ms"
     if "efficiency_forward" in row:
-        line += f"   {100 * row['efficiency_forward']:5.1f} % / {100 * row['efficiency_training']:5.1f} %"
+        line += f"   {100 * row['efficiency_forward']:5.1f} %"
+        line += f" / {100 * row['efficiency_training']:5.1f} %" if "efficiency_training" in row else ""
     if "error" in row:
-        line += f"   sends {row['bytes_sent_forward'] / 2**20:.4g} MiB   error {row['error']:.1e}"
-        line += "" if row["right"] else "   WRONG"
+        line += f"   error {row['error']:.1e}" + ("" if row["right"] else "   WRONG")
+    if "layout" in row:
+        line += f"   sends {row['bytes_sent_forward'] / 2**20:.4g} MiB"
         line += f"   {row['layout']} > {row['transport']} > {row['backend']}"
     return line
 
 
-def work(rank: int, ranks: int, meeting: str, gpu: bool, budget: float, file: str | None) -> None:
-    setting = GPU if gpu else CPU
-    if gpu:
+def work(rank: int, ranks: int, meeting: str, args: argparse.Namespace) -> None:
+    """Run one rank; ``meeting`` is where ranks meet, empty under torchrun."""
+    setting = GPU if args.gpu else CPU
+    if args.gpu:
         torch.cuda.set_device(rank)
     else:
         torch.set_num_threads(1)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
-        "nccl" if gpu else "gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks,
+        "nccl" if args.gpu else "gloo", init_method=meeting or "env://", rank=rank, world_size=ranks,
         timeout=timedelta(seconds=120),
     )  # fmt: skip
-    bench = Bench(setting, rank, ranks, init_device_mesh(setting.kind, (ranks,)), time.monotonic() + budget)
+    bench = Bench(setting, rank, ranks, init_device_mesh(setting.kind, (ranks,)), time.monotonic() + args.budget)
 
     def write() -> None:
-        if rank == 0 and file:
-            Path(file).write_text(json.dumps({"environment": environment(gpu), "rows": bench.rows}, indent=1) + "\n")
+        if rank == 0 and args.json:
+            found = {"environment": environment(gpu=args.gpu), "rows": bench.rows}
+            Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
 
-    run(bench, write)
+    if args.only == "longnet30":
+        from bench.ring_billion import run as run_billion
+
+        run_billion(bench, write)
+    else:
+        run(bench, write)
     if rank == 0:
         print("\n" + "\n".join(map(shown, bench.rows)), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def environment(gpu: bool) -> dict[str, Any]:
+def environment(*, gpu: bool) -> dict[str, Any]:
     """Return what the figures depend on."""
-    found = {"torch": torch.__version__, "python": platform.python_version(), "attnplan": attnplan.__version__}
+    found: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version()}
+    found |= {"attnplan": attnplan.__version__, "programs": PROGRAMS}
     if gpu:
         version = torch.cuda.nccl.version()
         found |= {"device": torch.cuda.get_device_name(0), "nccl": ".".join(map(str, version))}
@@ -365,12 +397,15 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="NCCL on this machine's GPUs")
     parser.add_argument("--ranks", type=int, help="number of processes; the default is that of GPUs, or 2")
     parser.add_argument("--json", help="write the rows here, after every row")
-    parser.add_argument("--budget", type=float, default=500.0, help="seconds after which no row begins")
+    parser.add_argument("--budget", type=float, default=280.0, help="seconds after which no row begins")
+    parser.add_argument("--only", choices=["longnet30"], help="this alone: LongNet over 2^30 tokens")
     args = parser.parse_args()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        work(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), "", args)
+        return
     ranks = args.ranks or (torch.cuda.device_count() if args.gpu else 2)
     with tempfile.TemporaryDirectory() as folder:
-        meeting = str(Path(folder) / "meeting")
-        mp.spawn(work, (ranks, meeting, args.gpu, args.budget, args.json), nprocs=ranks)
+        mp.spawn(work, (ranks, f"file://{Path(folder) / 'meeting'}", args), nprocs=ranks)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 
@@ -19,6 +19,17 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["tests.ring_workers", "torch.fx.experimental.symbolic_shapes"]
 )  # which backward imports
+
+
+class Clock:
+    """When what is timed began, in this process."""
+
+    start: ClassVar[float] = 0.0
+
+    @classmethod
+    def begin(cls) -> None:
+        """Start again: what came before is not timed."""
+        cls.start = time.monotonic()
 
 
 @attrs.frozen
@@ -34,6 +45,7 @@ class Ended:
     cause: str = ""
     trace: str = ""
     seconds: float = 0.0
+    """Since the start, or since :meth:`Clock.begin` was called last."""
     exit_code: int | None = None
 
 
@@ -45,14 +57,14 @@ def _child(rank: int, ranks: int, meeting: str, sender: Connection, function: Ca
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(meeting, ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
-    start = time.monotonic()
+    Clock.begin()
     try:
         ended = Ended(rank, function(rank, *args))
     except Exception as error:
         facts = tuple(getattr(error, name, None) for name in ("rank", "peer", "hop", "step"))
         cause = "" if error.__cause__ is None else f"{type(error.__cause__).__name__}: {error.__cause__}"
         ended = Ended(rank, None, f"{type(error).__name__}: {error}", facts, cause, traceback.format_exc())
-    sender.send(attrs.evolve(ended, seconds=time.monotonic() - start))
+    sender.send(attrs.evolve(ended, seconds=time.monotonic() - Clock.start))
     sender.close()
     os._exit(1 if ended.error else 0)  # torn connections would make the group's own farewell wait
 

@@ -14,6 +14,7 @@ from attnplan.errors import RingError, SpecError
 from attnplan.runtime.ring import engines, handshake
 from attnplan.runtime.ring.engines import RealEngine, call
 from attnplan.runtime.ring.exchanges import Start
+from tests.ring_group import Clock
 from tests.ring_programs import extent, prepared, program
 
 RANKS, CULPRIT, TIMEOUT = 4, 2, 2.0
@@ -73,6 +74,8 @@ def step(ring: RealEngine, rank: int, **options: Any) -> None:
 def misbehave(rank: int, action: Any, phase: str, collective: str, validate: str) -> None:
     ring = engine(rank, validate, collective)
     step(ring, rank)
+    dist.barrier()
+    Clock.begin()
     if rank == CULPRIT:
         at_hop(ring, 1, phase, action)
     step(ring, rank)
@@ -322,3 +325,75 @@ def counted_on_the_wire(rank: int, strategy: str) -> tuple[int, int]:
     plan(q, q, q)
     dist.barrier()
     return wire() - before, plan.engine.transport.bytes_sent - ours
+
+
+LENGTH = 48
+"""Rows of the rings of plans: equal shards, so that an all-gather is one."""
+
+
+def planned(rank: int, strategy: str, validate: str) -> Any:
+    """Return a plan on a mesh, and a function that makes one training step with it."""
+    import attnplan
+
+    spec = AttentionSpec(seq_len=LENGTH, heads=4, head_dim=8, causal=True, dtype="float32")
+    plan = attnplan.compile(spec, mesh=mesh_of((RANKS,)), strategy=strategy)
+    plan.configure(validate=validate, timeout=30.0)
+    torch.manual_seed(rank)
+    q, k, v = (torch.randn(1, 4, plan.lengths[0], 8, requires_grad=True) for _ in range(3))
+
+    def train() -> None:
+        out = plan(q, k, v)
+        out.backward(torch.ones_like(out))
+
+    return plan, train
+
+
+def started(plan: Any, train: Any) -> None:
+    """Make the first step, in which ranks emit and connect; what comes is timed."""
+    train()
+    plan.configure(timeout=TIMEOUT)
+    dist.barrier()
+    Clock.begin()
+
+
+def broken_plan(rank: int, strategy: str, fault: str, when: str) -> None:
+    """Make one good step; in the second one rank dies, hangs or raises when it starts what ``when`` names.
+
+    ``"between"`` is the user's own code between two calls.
+    """
+    plan, train = planned(rank, strategy, "first")
+    started(plan, train)
+    action = {"death": die, "hang": hang, "exception": fail}[fault]
+    if rank == CULPRIT and when == "between":
+        action()
+    if rank == CULPRIT:
+        original = plan.engine.transport.start
+
+        def start(request: Start) -> Any:
+            if request.name.startswith(when):
+                action()
+            return original(request)
+
+        plan.engine.transport.start = start
+    train()
+
+
+def off_by(rank: int, strategy: str, how: str, validate: str) -> None:
+    """Make one good step; in the second one rank brings another shape, dtype or plan, or asks for no gradients."""
+    plan, train = planned(rank, strategy, validate)
+    started(plan, train)
+    if rank != CULPRIT:
+        train()
+        return
+    if how == "plan":
+        plan.engine.plan += 1
+        plan.engine._agreed = None
+        train()
+    elif how == "call":
+        plan.engine.step += 1
+        train()
+    rows, dtype = plan.lengths[0], torch.bfloat16 if how == "dtype" else torch.float32
+    batch, cut = (3 if how == "batch" else 1), (1 if how in ("shorter", "longer") else 0)
+    rows = rows + cut if how == "longer" else rows - cut
+    x = torch.zeros(batch, 4, rows, 8, dtype=dtype, requires_grad=how != "gradients")
+    plan(x, x, x)

@@ -27,6 +27,7 @@ LAYERS = (
     (
         "plan",
         "plan_ring",
+        "sharding",
         "tracing",
         "explain",
         "explain_ring",
@@ -45,6 +46,7 @@ LAYERS = (
         "api",
         "store",
         "compare",
+        "what_if",
         "suggest",
         "pictures",
         "report",
@@ -60,7 +62,7 @@ FACADE = RANK["plan"] + 0.5  # `import attnplan`, the public names: for the rows
 # Planning needs no torch: only what runs a plan may import it, or import attnplan.runtime, which does.
 WITH_TORCH = ("runtime", "nn", "integrations", "calibrate", "testing", "harness")
 # Parts of an emitter in files of their own: nothing but emit.py may import them.
-PARTS_OF_EMITTERS = ("backends/eager/programs.py", "backends/eager/learned.py", "backends/eager/launches.py")
+PARTS_OF_EMITTERS = tuple(f"backends/eager/{name}.py" for name in ("programs", "learned", "launches", "written"))
 # Files that may import torch inside a function, each with its reason.
 TORCH_INSIDE_FUNCTIONS = {
     "__init__.py": "attention() infers a spec from tensors",
@@ -73,6 +75,7 @@ TORCH_INSIDE_FUNCTIONS = {
     "verify_ring.py": "runs the ring beside the reference",
     "search_ring.py": "a mesh is made of processes",
     "plan_ring.py": "a mesh is made of processes; the first call emits",
+    "sharding.py": "cuts and joins tensors",
     "measure.py": "runs the plan and times it",
     "tune.py": "runs candidates beside one another",
     "streams.py": "a stream is run, and its tensors are checked, where torch is",

@@ -152,7 +152,7 @@ def test_every_refusal_has_its_reason() -> None:
     [
         ({"seq_len": Dim("s", max=64), "kv_len": Dim("s", max=64)}, "lengths arrive with the call"),
         ({"q_offset": True}, "the position of query row 0 arrives with the call"),
-        ({"bias": True}, "operand bias is whole on every rank"),
+        ({"bias": True}, "would lie whole on every rank"),
     ],
 )
 def test_what_no_rank_can_plan_is_refused(changes: dict[str, object], match: str) -> None:

@@ -88,7 +88,8 @@ def test_a_shard_of_a_wrong_length_is_named_on_every_rank() -> None:
             assert f"RingError: rank {one.rank}, step 1, handshake: rank 2 was called with tensors" in one.error
 
 
-def test_operands_are_of_the_whole_sequence() -> None:
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
+def test_operands_are_of_the_whole_sequence(ranks: int) -> None:
     from attnplan import patterns as P
 
     spec = AttentionSpec(
@@ -101,7 +102,7 @@ def test_operands_are_of_the_whole_sequence() -> None:
     dropped = AttentionSpec(seq_len=29, heads=2, head_dim=8, causal=True, dtype="float32", dropout=0.25)
     seed = {"dropout_seed": torch.tensor(5)}
     chosen = [(spec, "zigzag > ring", operands), (dropped, "striped > all-gather", seed)]
-    assert values(run_group(2, beside_virtual, (2,), chosen)) == [2, 2]
+    assert values(run_group(ranks, beside_virtual, (ranks,), chosen, deadline=150.0)) == [2] * ranks
 
 
 @pytest.mark.slow

@@ -137,6 +137,14 @@ def test_needed_keys_are_those_that_some_query_meets(where: Pattern, causal: boo
     assert banded or sorted(got + out) == keys.tolist()
 
 
+def test_blocks_are_chosen_from_all_of_the_sequence() -> None:
+    """Keys before row 18 of 37: a shorter sequence would have other random blocks."""
+    where = P.causal() & P.random_blocks(0.4, 4, 1)
+    q, k = RowMap(0, 18, (Axis(1), Axis(3, row=1))), RowMap(0, 0, (Axis(1), Axis(18, row=1)))
+    found = narrowed(Part(Attend(where=where), q, k), Shape(37, 37, 4))
+    assert [(p.k.row, p.k.length) for p in found.parts] == [(4, 4), (12, 6)]
+
+
 def test_conditions_of_the_call_leave_every_key_and_say_so() -> None:
     rows = RowMap(0, 0, (Axis(1), Axis(8, row=1)))
     found = narrowed(Part(Attend(where=P.documents() & P.columns([3])), rows, rows), Shape(8, 8, 1))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import product
 
 import attrs
 
@@ -119,11 +120,11 @@ def attend_coverage(op: Attend, q: RowMap, k: RowMap) -> Pairs:
         If its condition has no closed form over its rows.
     """
     parts: list[Pairs] = []
-    q, k = op.positions(q, k)
-    for condition, coefficient in _monomials(op.where, op.shift):
-        shift = _shift(condition.opaque, op.shift)
-        term = Term(condition.opaque, shift, op.scale, op.softcap, op.dropout, op.precision, op.biases)
-        parts.append({term: tuple(coefficient * attend_sum(probe, op, condition, q, k) for probe in PROBES)})
+    for at_q, at_k in product(*op.runs(q, k)):
+        for condition, coefficient in _monomials(op.where, op.shift):
+            shift = _shift(condition.opaque, op.shift)
+            term = Term(condition.opaque, shift, op.scale, op.softcap, op.dropout, op.precision, op.biases)
+            parts.append({term: tuple(coefficient * attend_sum(probe, op, condition, at_q, at_k) for probe in PROBES)})
     return _add(parts)
 
 

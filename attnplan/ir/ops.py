@@ -16,6 +16,8 @@ from attnplan.patterns import Pattern, full
 from attnplan.patterns.grids import Neighborhood
 
 SHORT_DTYPES = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+Standing = RowMap | tuple[RowMap, ...]
+"""Which elements of the whole sequence some rows are: one map, or runs of rows one after the other."""
 
 
 @attrs.frozen(cache_hash=True)
@@ -127,8 +129,9 @@ class Attend(Op):
     """Boxes of queries and of keys on the grid of a neighbourhood, in whose order the rows are cut into tiles."""
     launch: int | None = None
     """Attends of one number are one kernel call, over rows gathered into one buffer; None is a call of its own."""
-    at: tuple[RowMap, RowMap] | None = None
-    """Which (head, row) of the whole sequence each element of q and of k is, where the inputs hold some rows only."""
+    at: tuple[Standing, Standing] | None = None
+    """Which (head, row) of the whole sequence each element of q and of k is, where the inputs hold some rows only. A
+    tuple of maps is runs of rows, one after the other along the rows that attention runs over."""
     loop: tuple[int, int] | None = None
     """(queries, keys) of the blocks of scores that are computed one after the other, by an online softmax; None is all
     at once. What is computed does not depend on it."""
@@ -137,8 +140,21 @@ class Attend(Op):
         """Return which (head, row) of the whole sequence the elements of two operands are.
 
         Conditions, and the proof, read these; the maps of the operands themselves are addresses in the inputs.
+
+        Raises
+        ------
+        PassError
+            If they are runs of rows, which no one map shows; see :meth:`runs`.
         """
-        return (q, k) if self.at is None else self.at
+        runs = self.runs(q, k)
+        if max(map(len, runs)) > 1:
+            raise PassError(f"attend where {self.where!r} stands at runs of rows, which are not one row map")
+        return runs[0][0], runs[1][0]
+
+    def runs(self, q: RowMap, k: RowMap) -> tuple[tuple[RowMap, ...], tuple[RowMap, ...]]:
+        """Return the same as :meth:`positions` run by run, for queries and for keys."""
+        at_q, at_k = self.at or (q, k)
+        return at_q if isinstance(at_q, tuple) else (at_q,), at_k if isinstance(at_k, tuple) else (at_k,)
 
     def infer(self, types: Sequence[TensorType]) -> TensorType:
         _need(self.tile is None or (len(self.tile) == 2 and min(self.tile) > 0), self, f"tile {self.tile} is no tile")
@@ -163,10 +179,13 @@ class Attend(Op):
         if self.at is None:
             return
         _need(self.tile is None, self, "tiles are cut over whole sequences, the inputs hold some rows only")
-        for name, rows, at in (("q", q, self.at[0]), ("k", k, self.at[1])):
-            _need(at.sizes == rows.sizes, self, f"{name} has sizes {rows.sizes}, and stands at {at.sizes}")
-            _need(at.axes[-1].head == 0, self, f"{name} changes the head along the rows that attention runs over")
-        steps = ([a.head for a in rows.axes if a.size > 1] for rows in (q, self.at[0]))
+        for name, rows, runs in zip("qk", (q, k), self.runs(q, k), strict=True):
+            sizes = (*runs[0].sizes[:-1], sum(at.length for at in runs)) if runs else ()
+            _need(sizes == rows.sizes, self, f"{name} has sizes {rows.sizes}, and stands at {sizes}")
+            for at in runs:
+                _need(at.axes[-1].head == 0, self, f"{name} changes the head along the rows that attention runs over")
+                _need((at.head, at.batch) == (runs[0].head, runs[0].batch), self, f"the runs of {name} differ in heads")
+        steps = ([a.head for a in rows.batch if a.size > 1] for rows in (q, self.runs(q, k)[0][0]))
         _need(len({tuple(s) for s in steps}) == 1, self, "q stands at heads that its rows do not step over alike")
 
     def _boxes_fit(self) -> bool:

@@ -23,12 +23,15 @@ def slot_condition(op: Attend, q: RowMap, k: RowMap) -> Condition:
     >>> slot_condition(Attend(where=causal()), whole, whole), slot_condition(Attend(where=window(2)), whole, whole)
     ('causal', 'mask')
     """
-    q, k = op.positions(q, k)
     known = Conjunction.of(op.where)
     if known.opaque or known.dilated or known.heads:
         return "mask"
     if not known.banded:
         return "full"
+    runs = op.runs(q, k)
+    if max(map(len, runs)) > 1:
+        return _runs_condition(op, *runs)
+    q, k = op.positions(q, k)
     limits = _band(op, q, k)
     if limits is None:
         return "mask"
@@ -38,6 +41,22 @@ def slot_condition(op: Attend, q: RowMap, k: RowMap) -> Condition:
     if low is None or low <= 1 - k.length:
         return "full"
     return "causal" if low == 0 and q.length == k.length else "mask"
+
+
+def _runs_condition(op: Attend, queries: tuple[RowMap, ...], keys: tuple[RowMap, ...]) -> Condition:
+    """Return what the condition means where runs of queries, one after the other, meet runs of keys."""
+    each = [[_run_condition(op, q, k) for k in keys] for q in queries]
+    if all(one == "full" for row in each for one in row):
+        return "full"
+    triangle = [["full"] * i + ["causal"] + ["empty"] * (len(keys) - 1 - i) for i in range(len(keys))]
+    return "causal" if each == triangle else "mask"
+
+
+def _run_condition(op: Attend, q: RowMap, k: RowMap) -> Condition | Literal["empty"]:
+    limits = _band(op, q, k)
+    if limits is not None and limits[0] is not None and limits[0] > q.length - 1:
+        return "empty"  # every key of the run lies too far ahead
+    return slot_condition(attrs.evolve(op, at=(q, k)), q, k)
 
 
 def slot_band(op: Attend, q: RowMap, k: RowMap) -> tuple[int | None, int | None] | None:
@@ -52,6 +71,9 @@ def slot_band(op: Attend, q: RowMap, k: RowMap) -> tuple[int | None, int | None]
     >>> slot_band(Attend(where=window(3, 1)), whole, whole)
     (-1, 3)
     """
+    if max(map(len, op.runs(q, k))) > 1:
+        condition = slot_condition(op, q, k)
+        return None if condition == "mask" else (0 if condition == "causal" else None, None)
     return _band(op, *op.positions(q, k))
 
 

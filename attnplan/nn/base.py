@@ -179,7 +179,10 @@ class PatternAttention(nn.Module):
         """Return the rows of the whole sequence of which a call brings some."""
         return self._whole or q.shape[1] * (1 if self.mesh is None else int(self.mesh.size()))
 
-    @torch.compiler.disable(reason="a ring talks to other processes")  # type: ignore[no-untyped-call, untyped-decorator]
+    @torch.compiler.disable(
+        reason="a module over several ranks finds its plan "
+        "when it is called; compile the blocks around it without fullgraph=True, or call attnplan.compile(spec, mesh=)"
+    )  # type: ignore[no-untyped-call, untyped-decorator]
     def _run_ring(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, operands: Mapping[str, Any]) -> Tensor:
         if k.shape[1] != q.shape[1]:
             raise SpecError(f"query has {q.shape[1]} rows, key has {k.shape[1]}: over several ranks they are as many")

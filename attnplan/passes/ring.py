@@ -15,6 +15,7 @@ from attnplan.ir.progressions import Progression
 from attnplan.passes.base import Pass
 from attnplan.passes.ring_cut import Part, cut, of_heads, parts_of
 from attnplan.passes.ring_need import narrowed
+from attnplan.passes.ring_runs import Piece, in_runs
 from attnplan.patterns import Shape
 
 Sending = Literal["own", "needed", "range", "whole"]
@@ -255,7 +256,7 @@ def hop_graph(local: Local, queries: Buffer, hop: HopParts, branch: int | None) 
     q = builder.add(local.q)
     kv = [builder.add(attrs.evolve(x, heads=store.heads, length=store.rows)) for x in (local.k, local.v)]
     whole = local.is_whole(queries, store)
-    made = [attend(builder, part, (q, *kv), queries, store, whole=whole) for part in parts]
+    made = [attend(builder, one, (q, *kv), whole=whole) for one in in_runs(parts, queries, store)]
     return builder.build(builder.add(Output(), _joined(builder, made, q)))
 
 
@@ -264,7 +265,7 @@ def _joined(builder: Builder, made: Sequence[int], q: int) -> int:
     return made[0] if len(made) == 1 and builder.type(made[0]).rows == rows else builder.add(Merge(rows), *made)
 
 
-def attend(builder: Builder, part: Part, sources: Sequence[int], queries: Buffer, store: Buffer, *, whole: bool) -> int:
+def attend(builder: Builder, piece: Piece, sources: Sequence[int], *, whole: bool) -> int:
     """Append an attend over rows of a rank's inputs; ``whole`` says that these are whole sequences.
 
     Raises
@@ -272,16 +273,22 @@ def attend(builder: Builder, part: Part, sources: Sequence[int], queries: Buffer
     PassError
         If the inputs do not hold its rows.
     """
-    q, k = queries.address(part.q), store.address(part.k)
+    q, k = piece.q, piece.k
     if q is None or k is None:
-        raise PassError(f"rows {part.q if q is None else part.k} do not lie in one piece of what the rank has")
-    here = whole and (q, k) == (part.q, part.k)
-    op = attrs.evolve(part.op, at=None if here else (part.q, part.k))
+        raise PassError(
+            f"rows {piece.queries if q is None else piece.keys} do not lie in one piece of what the rank has"
+        )
+    here = whole and (piece.queries, piece.keys) == ((q,), (k,))
+    op = attrs.evolve(piece.op, at=None if here else (_standing(piece.queries), _standing(piece.keys)))
     args = [
         source if builder.type(source).rows == rows else builder.add(Take(rows), source)
         for source, rows in zip(sources, (q, k, k), strict=True)
     ]
     return builder.add(op, *args)
+
+
+def _standing(runs: tuple[RowMap, ...]) -> RowMap | tuple[RowMap, ...]:
+    return runs[0] if len(runs) == 1 else runs
 
 
 def whole_graph(
@@ -312,10 +319,9 @@ def whole_graph(
     for hop in hops:
         store = Buffer(hop.store)
         kv = (k, v) if hop.own else tuple(builder.add(_receive(hop, peers or {}), x) for x in (k, v))
-        for part in hop.parts:
-            whole = local.is_whole(queries, store)
-            one = attend(builder, part, (q, *kv), queries, store, whole=whole)
-            made.setdefault(part.op.branch, []).append(one)
+        for piece in in_runs(hop.parts, queries, store):
+            one = attend(builder, piece, (q, *kv), whole=local.is_whole(queries, store))
+            made.setdefault(piece.op.branch, []).append(one)
     if not made:
         raise PassError("none of this rank's queries meets a key")
     mixes = [op for _, op in graph.of(Mix) if op.rule != "lse"]

@@ -137,18 +137,20 @@ def _needed(where: Pattern, part: Part, shape: Shape) -> np.ndarray | None:
     needed = np.zeros(k.length, dtype=bool)
     for b in range(max((len(t) for t in tables.values()), default=1)):
         here = {name: t[min(b, len(t) - 1)] for name, t in tables.items()}
-        found = _asked(where, here, q.head, rows, keys)
+        found = _asked(where, here, q.head, rows, keys, shape.kv_len)
         if found is None:
             return None
         needed |= found
     return needed
 
 
-def _asked(where: Pattern, tables: Mapping[str, Any], head: int, rows: np.ndarray, keys: np.ndarray) -> Any:
+def _asked(
+    where: Pattern, tables: Mapping[str, Any], head: int, rows: np.ndarray, keys: np.ndarray, kv_len: int
+) -> Any:
     import numpy as np
 
     period = lcm(*(p.period for p in where.walk()))
-    some = where.breaks(tables, rows[:1], int(keys[-1]) + 1)
+    some = where.breaks(tables, rows[:1], kv_len)
     by_runs = some is not None and period <= _MAX_PERIOD
     work = len(rows) * ((len(some or ()) + 1) * period if by_runs else len(keys))
     if work > MAX_WORK:
@@ -158,7 +160,7 @@ def _asked(where: Pattern, tables: Mapping[str, Any], head: int, rows: np.ndarra
     for start in range(0, len(rows), size):
         q = rows[start : start + size]
         if by_runs:
-            met = _met_in_runs(where, tables, head, q, (int(keys[0]), int(keys[-1]) + 1), period)
+            met = _met_in_runs(where, tables, head, q, (int(keys[0]), int(keys[-1]) + 1), period, kv_len)
             needed |= met[keys - keys[0]]
         else:
             inside = where.pairs(tables, np.array(head), q[:, None], keys)
@@ -167,12 +169,21 @@ def _asked(where: Pattern, tables: Mapping[str, Any], head: int, rows: np.ndarra
 
 
 def _met_in_runs(
-    where: Pattern, tables: Mapping[str, Any], head: int, q: np.ndarray, span: tuple[int, int], period: int
+    where: Pattern,
+    tables: Mapping[str, Any],
+    head: int,
+    q: np.ndarray,
+    span: tuple[int, int],
+    period: int,
+    kv_len: int,
 ) -> np.ndarray:
-    """Return whether each key of a span is met, from the ends between which membership is constant."""
+    """Return whether each key of a span is met, from the ends between which membership is constant.
+
+    The ends are those of the whole sequence: which blocks are chosen at random depends on how many there are.
+    """
     import numpy as np
 
-    breaks = where.breaks(tables, q, span[1])
+    breaks = where.breaks(tables, q, kv_len)
     assert breaks is not None
     edges = np.stack([q * 0 + span[0], *(np.clip(b, *span) for b in breaks), q * 0 + span[1]], axis=1)
     edges.sort(axis=1)

@@ -156,10 +156,19 @@ def _check_graph(who: str, graph: Graph, queries: Buffer, store: Buffer, spec: A
         if attend.at is None and (queries.rows, store.rows) != (spec.shape.seq_len, spec.shape.kv_len):
             raise VerifyError(f"{who}: %{node.id} runs on some rows only, and does not say which")
         q, k = (n.type.rows for n in graph.args(node)[:2])
-        at = attend.positions(q, k)
+        at = attend.runs(q, k)
         for name, buffer, rows, stands in (("query", queries, q, at[0]), ("key", store, k, at[1])):
-            if position(buffer, rows) != _plain(stands):
+            if [position(buffer, one) for one in _run_by_run(rows, stands)] != [_plain(one) for one in stands]:
                 raise VerifyError(f"{who}: %{node.id} reads other {name} rows than those it says it stands at")
+
+
+def _run_by_run(rows: RowMap, runs: Sequence[RowMap]) -> Iterator[RowMap]:
+    """Iterate over the addresses of each run of rows, which follow one another along the last axis."""
+    start, last = 0, rows.axes[-1]
+    for one in runs:
+        axes = (*rows.batch, attrs.evolve(last, size=one.length))
+        yield attrs.evolve(rows, row=rows.row + start * last.row, axes=axes)
+        start += one.length
 
 
 def position(buffer: Buffer, address: RowMap) -> RowMap | None:

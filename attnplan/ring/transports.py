@@ -170,9 +170,8 @@ def refusals(spec: AttentionSpec, ranks: int, ulysses: int, layout: str, transpo
 
 
 def _whole_operands(spec: AttentionSpec) -> Iterator[str]:
-    for name in ("bias", "alibi_slopes", "sink_logits"):
-        if getattr(spec, name):
-            yield f"the operand {name} is whole on every rank, and its gradient would be spread over all of them"
+    if spec.bias:
+        yield "a bias has a row for each query and a column for each key, and would lie whole on every rank"
 
 
 def _heads(spec: AttentionSpec, ulysses: int) -> Iterator[str]:
@@ -313,16 +312,30 @@ def _by_heads(store: Sequence[RowMap]) -> tuple[tuple[tuple[int, int], tuple[Pro
 
 
 def progressions(rows: RowMap) -> Iterator[tuple[int, int, Progression]]:
-    """Iterate over (first head, number of heads, rows) of the progressions that a map shows."""
+    """Iterate over (first head, number of heads, rows) of the progressions that a map shows, in any order.
+
+    Segments that go on where the one before ends are one progression.
+
+    Examples
+    --------
+    >>> from attnplan.ir import Axis
+    >>> list(progressions(RowMap(0, 0, (Axis(2, head=1), Axis(4, row=16), Axis(8, row=2)))))
+    [(0, 2, Progression(start=0, step=2, count=32))]
+    """
     wide = next((i for i, a in enumerate(rows.batch) if a.head == 1 and not a.row), None)
     width = 1 if wide is None else rows.axes[wide].size
+    step, count = max(rows.axes[-1].row, 1), rows.length
+    moving = [a for i, a in enumerate(rows.batch) if i != wide and a.size > 1 and not a.repeats]
     places = [(rows.head, rows.row)]
-    for i, axis in enumerate(rows.batch):
-        if i != wide and not axis.repeats:
+    for axis in sorted(moving, key=lambda a: a.row):
+        if not axis.head and count == 1:
+            step, count = axis.row, axis.size
+        elif not axis.head and axis.row == step * count:
+            count *= axis.size
+        else:
             places = [(h + t * axis.head, r + t * axis.row) for h, r in places for t in range(axis.size)]
-    last = rows.axes[-1]
     for head, row in places:
-        yield head, width, Progression(row, max(last.row, 1), last.size)
+        yield head, width, Progression(row, step, count)
 
 
 def _check_carried(setting: Setting, rank: int, hops: Sequence[LocalHop]) -> None:

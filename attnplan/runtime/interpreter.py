@@ -59,9 +59,12 @@ def _run(
         return _gather(tensors[source.tensor], op.rows), None
     if isinstance(op, Attend):
         (q, _), (k, _), (v, _) = args
-        rows_q, rows_k = op.positions(*(n.type.rows for n in graph.args(node)[:2]))
-        build = MaskBuilder(op.where, rows_q, rows_k, op.shift, shape, partial=op.at is not None)
-        mask = build(operands, tensors["q"], tensors["k"])
+        runs_q, runs_k = op.runs(*(n.type.rows for n in graph.args(node)[:2]))
+        mask = torch.cat([
+            torch.cat([_mask(op, one_q, one_k, tensors, operands, shape) for one_k in runs_k], -1) for one_q in runs_q
+        ], -2)  # fmt: skip
+        if op.dropout or op.biases:
+            rows_q, rows_k = op.positions(*(n.type.rows for n in graph.args(node)[:2]))
         keep = None
         if op.dropout:
             keep = DropoutMask(op.dropout, rows_q, rows_k)(operands, tensors["q"], tensors["k"])
@@ -82,6 +85,15 @@ def _run(
     b, h, s = tensors["q"].shape[:3]
     out, lse = out.reshape(b, h, s, out.shape[-1]), None if lse is None else lse.reshape(b, h, s)
     return sunk(out, lse, operands["sink_logits"]) if op.sinks and lse is not None else (out, lse)
+
+
+def _mask(
+    op: Attend, q: RowMap, k: RowMap, tensors: dict[str, Tensor], operands: Mapping[str, Any], shape: Shape
+) -> Tensor:
+    mask: Tensor = MaskBuilder(op.where, q, k, op.shift, shape, partial=op.at is not None)(
+        operands, tensors["q"], tensors["k"]
+    )
+    return mask.broadcast_to((*mask.shape[:-2], q.length, k.length))
 
 
 def _labels(op: Merge | Mix, count: int) -> tuple[int, ...]:

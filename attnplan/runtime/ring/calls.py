@@ -12,9 +12,19 @@ from attnplan.cost import Target
 from attnplan.errors import SpecError
 from attnplan.runtime.masks import check_operands
 from attnplan.runtime.ring.engines import Engine, RealEngine, call
+from attnplan.runtime.ring.parts import Gradients
+from attnplan.runtime.scores import sunk
 from attnplan.spec import AttentionSpec
 
 Result = tuple[Tensor, Tensor | None]
+SINKS = "sink_logits"
+UNTRACED = {
+    "heads": "it spreads heads over ranks, and its backward needs the queries that its forward gathered",
+    "mix": "its branches are mixed by another rule than 'lse', and its backward needs the output of each",
+    "ragged": "its ranks hold unlike numbers of rows, so that their compiled graphs might order two calls unlike",
+    "tensors": "it was called with DTensors",
+}
+"""Why a call of a ring is no part of a compiled graph."""
 
 
 class RingCall(Protocol):
@@ -35,10 +45,13 @@ class RingCall(Protocol):
         ...
 
 
-@torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
-    reason="a ring talks to other processes: a plan with mesh= or ring_size= runs outside of compiled graphs; compile "
-    "the blocks around it, without fullgraph=True"
-)
+def with_sinks(out: Tensor, lse: Tensor | None, operands: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return output and LSE of rows whose softmax has one more key, which needs no other rank."""
+    assert lse is not None
+    made, total = sunk(out, lse, operands[SINKS])
+    return made.to(out.dtype), total
+
+
 def run_call(
     plan: RingCall, q: Any, k: Any, v: Any, return_lse: bool, operands: Mapping[str, Any]
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -52,17 +65,14 @@ def run_call(
         If another rank does something else, or does not answer.
     """
     spec = plan.spec
-    try:
-        locals_, placements = _locals(plan, (q, k, v))
-        _check(plan, locals_, return_lse, operands)
-    except SpecError:
-        if isinstance(plan.engine, RealEngine) and isinstance(q, Tensor) and plan.engine.validate != "off":
-            plan.engine.agree(q, operands, gradients=False, wrong=True)  # so that the others need not wait
-        raise
+    locals_, placements = _checked(plan, (q, k, v), return_lse, operands)
     swapped = spec.layout == "bshd"
     if swapped:
         locals_ = [x.transpose(1, 2) for x in locals_]
-    out, lse = call(plan.engine, locals_[0], locals_[1], locals_[2], operands)
+    inner = {name: x for name, x in operands.items() if name != SINKS}
+    out, lse = call(plan.engine, locals_[0], locals_[1], locals_[2], inner)
+    if SINKS in operands:
+        out, lse = with_sinks(out, lse, operands)
     out = out.transpose(1, 2) if swapped else out
     if placements is not None:
         out = _as_dtensor(plan, out, 1 if swapped else 2)
@@ -71,6 +81,73 @@ def run_call(
         return out
     assert lse is not None
     return out, lse
+
+
+def _checked(
+    plan: RingCall, tensors: Sequence[Any], return_lse: bool, operands: Mapping[str, Any]
+) -> tuple[list[Tensor], Any]:
+    """Return this rank's shards and their placements; what does not fit is told to the other ranks, then raised."""
+    try:
+        locals_, placements = _locals(plan, tensors)
+        _check(plan, locals_, return_lse, operands)
+    except SpecError:
+        if isinstance(plan.engine, RealEngine) and isinstance(tensors[0], Tensor) and plan.engine.validate != "off":
+            plan.engine.agree(tensors[0], operands, gradients=False, wrong=True)  # so that the others need not wait
+        raise
+    return locals_, placements
+
+
+def _apart(why: str) -> Any:
+    return torch.compiler.disable(  # type: ignore[no-untyped-call]
+        run_call,
+        reason=f"this ring runs outside of compiled graphs: {why}; compile the blocks around it, without "
+        "fullgraph=True, or choose another strategy=",
+    )
+
+
+broken_out = {name: _apart(why) for name, why in UNTRACED.items()}
+"""What calls a ring outside of a graph, for each reason."""
+
+
+def untraced(rule: str, transport: str, sizes: Sequence[int]) -> str:
+    """Return the key in :data:`UNTRACED` of why calls of a ring are no part of a compiled graph, empty if they are.
+
+    ``sizes`` are the rows of each process; a virtual ring has none.
+    """
+    if rule != "lse":
+        return "mix"
+    if sizes and transport in ("ulysses", "hybrid"):
+        return "heads"
+    return "ragged" if len(set(sizes)) > 1 else ""
+
+
+def is_dtensor(x: Any) -> bool:
+    """Return whether a tensor is spread over a mesh."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, DTensor)
+
+
+def answer(plan: RingCall, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any]) -> Result:
+    """Run one call in a compiled program, forward only, on ``[B, H, S, D]`` whatever the layout."""
+    swapped = plan.spec.layout == "bshd"
+    tensors = [x.transpose(1, 2) if swapped else x for x in (q, k, v)]
+    _checked(plan, tensors, False, operands)
+    out, lse, _ = plan.engine.forward(q, k, v, operands, False)
+    return out, lse
+
+
+def gradients(
+    plan: RingCall,
+    flow: Sequence[Tensor | None],
+    given: Sequence[Tensor],
+    operands: Mapping[str, Any],
+    names: Sequence[str],
+) -> Gradients:
+    """Return dq, dk, dv, and those of the named operands, from ``(grad, grad_lse)`` and ``(q, k, v, out, lse)``."""
+    q, k, v, out, lse = given
+    grad = torch.zeros_like(out) if flow[0] is None else flow[0]
+    return plan.engine.backward((grad, flow[1]), plan.engine.kept(q, out, lse), k, v, operands, names)
 
 
 def _locals(plan: RingCall, tensors: Sequence[Any]) -> tuple[list[Tensor], Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -12,7 +12,7 @@ from torch import Tensor
 from attnplan.ring.program import RankProgram
 from attnplan.runtime.ring.exchanges import Received, Start, run, size_in, size_of
 from attnplan.runtime.ring.executor import Rank
-from attnplan.runtime.ring.parts import Flow, Part, Triple
+from attnplan.runtime.ring.parts import Flow, Gradients, Part
 from attnplan.runtime.views import accumulator
 from attnplan.spec import AttentionSpec
 
@@ -50,7 +50,9 @@ class DryPart(Part):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         return q.new_empty((*q.shape[:3], v.shape[-1])), q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
 
-    def backward(self, flow: Flow, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any]) -> Triple:
+    def backward(
+        self, flow: Flow, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], names: Sequence[str] = ()
+    ) -> Gradients:
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 

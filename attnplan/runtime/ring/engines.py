@@ -12,12 +12,14 @@ from attnplan.errors import RingError
 from attnplan.ir import RowMap
 from attnplan.runtime.first_order import RING, first_order
 from attnplan.runtime.ring.exchanges import Routine, run
-from attnplan.runtime.ring.executor import Pair, Rank, Result, Triple
+from attnplan.runtime.ring.executor import Pair, Rank, Result
 from attnplan.runtime.ring.faults import Board, LostError, Report, error_of
 from attnplan.runtime.ring.handshake import VALIDATE, card, compare, shake_hands
+from attnplan.runtime.ring.parts import Gradients
 from attnplan.runtime.ring.real import RealTransport
 from attnplan.runtime.ring.rows import Holding, assembly
 from attnplan.runtime.ring.virtual import VirtualRing
+from attnplan.runtime.scores import learned
 from attnplan.runtime.views import empty_like_rows
 
 Flow = tuple[Tensor, Tensor | None]
@@ -32,9 +34,19 @@ class Engine(Protocol):
         ...
 
     def backward(
-        self, flow: Flow, saved: Sequence[Result], k: Tensor, v: Tensor, operands: Mapping[str, Any]
-    ) -> Triple:
-        """Return the gradients of q, k and v."""
+        self,
+        flow: Flow,
+        saved: Sequence[Result],
+        k: Tensor,
+        v: Tensor,
+        operands: Mapping[str, Any],
+        names: Sequence[str] = (),
+    ) -> Gradients:
+        """Return the gradients of q, k and v, then of the named operands, as far as this process's rows have any."""
+        ...
+
+    def kept(self, q: Tensor, out: Tensor, lse: Tensor) -> Sequence[Result]:
+        """Return what the backward needs, where that is all in q, output and LSE: see :func:`calls.untraced`."""
         ...
 
 
@@ -69,21 +81,37 @@ class VirtualEngine:
         return out, lse.squeeze(-1), results
 
     def backward(
-        self, flow: Flow, saved: Sequence[Result], k: Tensor, v: Tensor, operands: Mapping[str, Any]
-    ) -> Triple:
+        self,
+        flow: Flow,
+        saved: Sequence[Result],
+        k: Tensor,
+        v: Tensor,
+        operands: Mapping[str, Any],
+        names: Sequence[str] = (),
+    ) -> Gradients:
         """Run every rank; see :meth:`Engine.backward`."""
         grad, grad_lse = flow[0], None if flow[1] is None else flow[1].unsqueeze(-1)
         routines = []
         for i, (rank, result) in enumerate(zip(self.ranks, saved, strict=True)):
             to_lse = None if grad_lse is None else self._cut(i, 0, grad_lse).squeeze(-1)
             own = (self._cut(i, 1, k), self._cut(i, 1, v))
-            routines.append(rank.backward(self._cut(i, 0, grad), to_lse, result, *own, operands))
-        found: list[Triple] = self._run(routines)
+            routines.append(rank.backward(self._cut(i, 0, grad), to_lse, result, *own, operands, names))
+        found: list[Gradients] = self._run(routines)
         dq = empty_like_rows(grad, found[0][0].shape[-1], grad.dtype)
         totals = (dq, torch.empty_like(k), torch.empty_like(v))
-        for side, total, parts in zip((0, 1, 1), totals, zip(*found, strict=True), strict=True):
+        dq_parts, dk_parts, dv_parts, *more = zip(*found, strict=True)
+        for side, total, parts in zip((0, 1, 1), totals, (dq_parts, dk_parts, dv_parts), strict=True):
             self._join(side, parts, total)
-        return totals
+        return *totals, *(torch.stack(parts).sum(0) for parts in more)
+
+    def kept(self, q: Tensor, out: Tensor, lse: Tensor) -> list[Result]:
+        """Cut out what each rank attended for; see :meth:`Engine.kept`."""
+        found = []
+        for rank in self.ranks:
+            plan = assembly(rank.attended, (self._whole[0],))
+            queries, part, total = (plan.gather([x], x) for x in (q, out, lse.unsqueeze(-1)))
+            found.append(_alone(queries, part, total.squeeze(-1)))
+        return found
 
     def _run(self, routines: Sequence[Routine[T]]) -> list[T]:
         ring = VirtualRing(len(self.ranks))
@@ -133,11 +161,23 @@ class RealEngine:
         return result.out, result.lse, [result]
 
     def backward(
-        self, flow: Flow, saved: Sequence[Result], k: Tensor, v: Tensor, operands: Mapping[str, Any]
-    ) -> Triple:
+        self,
+        flow: Flow,
+        saved: Sequence[Result],
+        k: Tensor,
+        v: Tensor,
+        operands: Mapping[str, Any],
+        names: Sequence[str] = (),
+    ) -> Gradients:
         """Run this rank; see :meth:`Engine.backward`."""
         (result,) = saved
-        return self._guarded(lambda: run(self.rank.backward(*flow, result, k, v, operands), self.transport), "backward")
+        return self._guarded(
+            lambda: run(self.rank.backward(*flow, result, k, v, operands, names), self.transport), "backward"
+        )
+
+    def kept(self, q: Tensor, out: Tensor, lse: Tensor) -> list[Result]:
+        """Return what this rank's backward needs; see :meth:`Engine.kept`."""
+        return [_alone(q, out, lse)]
 
     def agree(self, q: Tensor, operands: Mapping[str, Any], *, gradients: bool, wrong: bool) -> None:
         """Shake hands, if this call asks for it.
@@ -198,11 +238,13 @@ class _Ring(torch.autograd.Function):
     """A call of a ring as one node of autograd."""
 
     @staticmethod
-    def forward(ctx: Any, engine: Engine, operands: Mapping[str, Any], q: Tensor, k: Tensor, v: Tensor) -> Any:
+    def forward(ctx: Any, engine: Engine, operands: Mapping[str, Any], names: tuple[str, ...], *given: Tensor) -> Any:
+        q, k, v, *own = given
         out, lse, results = engine.forward(q, k, v, operands, True)
-        ctx.engine, ctx.operands = engine, operands
+        ctx.engine, ctx.names = engine, names
+        ctx.operands = {name: x for name, x in operands.items() if name not in names}
         ctx.shape = [(len(r.parts), r.total is not None) for r in results]
-        ctx.save_for_backward(k, v, *(x for r in results for x in _tensors(r)))
+        ctx.save_for_backward(k, v, *own, *(x for r in results for x in _tensors(r)))
         ctx.set_materialize_grads(False)
         ctx.out_shape = out.shape
         if lse is None:
@@ -212,6 +254,8 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
         k, v, *rest = ctx.saved_tensors
+        own, rest = rest[: len(ctx.names)], rest[len(ctx.names) :]
+        operands = {**ctx.operands, **dict(zip(ctx.names, own, strict=True))}
         saved = []
         for parts, has_total in ctx.shape:
             queries, *more = rest[: 1 + 2 * parts + has_total]
@@ -221,8 +265,13 @@ class _Ring(torch.autograd.Function):
         if grad is None:
             grad = saved[0].queries.new_zeros(ctx.out_shape)
         with torch.no_grad():
-            gradients = ctx.engine.backward((grad, grad_lse), saved, k, v, ctx.operands)
-        return None, None, *first_order(gradients, RING)
+            gradients = ctx.engine.backward((grad, grad_lse), saved, k, v, operands, ctx.names)
+        return None, None, None, *first_order(gradients, RING)
+
+
+def _alone(queries: Tensor, out: Tensor, lse: Tensor) -> Result:
+    """Return the result of one softmax."""
+    return Result(out, lse, queries, ((out, lse),), lse)
 
 
 def _tensors(result: Result) -> list[Tensor]:
@@ -232,8 +281,10 @@ def _tensors(result: Result) -> list[Tensor]:
 
 def call(engine: Engine, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
     """Run a ring on what this process holds, differentiably: (output, LSE where there is one)."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        out, lse = _Ring.apply(engine, operands, q, k, v)  # type: ignore[no-untyped-call]
+    names = learned(operands)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or names):
+        given = (operands[name] for name in names)
+        out, lse = _Ring.apply(engine, operands, names, q, k, v, *given)  # type: ignore[no-untyped-call]
         return out, lse
     with torch.no_grad():
         out, lse, _ = engine.forward(q, k, v, operands, False)

@@ -18,13 +18,13 @@ from torch import Tensor
 from attnplan.ring.program import Exchange, Hop, RankProgram
 from attnplan.runtime.ring.exchanges import Received, Routine, Sizes, Start, Wait
 from attnplan.runtime.ring.merging import Mixing, Total
-from attnplan.runtime.ring.parts import Flow, Part
+from attnplan.runtime.ring.parts import Flow, Gradients, Part
 from attnplan.runtime.ring.rows import Assembly, Holding, Maps, assembly
-from attnplan.runtime.views import accumulator, zero_gradient
+from attnplan.runtime.ring.sums import Sum
+from attnplan.runtime.views import accumulator
 from attnplan.spec import AttentionSpec
 
 Pair = tuple[Tensor, Tensor]
-Triple = tuple[Tensor, Tensor, Tensor]
 KEYS, GRADIENTS = "keys and values", "gradients of keys and values"
 FIRST, LAST = -1, 1 << 20
 """Hop numbers of the exchanges before and after all hops."""
@@ -44,6 +44,38 @@ class Result:
     """Their LSE after mixing."""
 
 
+@attrs.frozen(eq=False)
+class Route:
+    """How the messages of an exchange are packed, and what is made of them; the same in every call."""
+
+    sends: tuple[tuple[Assembly, tuple[int, ...]], ...]
+    """What is packed, once for all peers that get the same rows."""
+    outgoing: Mapping[int, Holding]
+    incoming: Mapping[int, Holding]
+    peers: tuple[int, ...]
+    """Who sends something, in order."""
+
+    @classmethod
+    def of(cls, exchange: Exchange, held: Holding) -> Route:
+        """Return the route of an exchange whose sender has what is ``held``."""
+        outgoing, incoming = (
+            {p: Holding.of(m) for p, m in maps.items()} for maps in (exchange.sends, exchange.receives)
+        )
+        targets: dict[Maps, list[int]] = {}
+        for peer, maps in exchange.sends.items():
+            targets.setdefault(maps, []).append(peer)
+        packed = tuple((assembly(outgoing[p[0]], (held,)), tuple(p)) for p in targets.values())
+        return cls(packed, outgoing, incoming, tuple(sorted(incoming)))
+
+    def messages(self, tensors: Sequence[Tensor]) -> dict[int, tuple[Tensor, ...]]:
+        """Return what goes to each peer."""
+        found: dict[int, tuple[Tensor, ...]] = {}
+        for plan, peers in self.sends:
+            packed = tuple(plan.gather([x], x).contiguous() for x in tensors)
+            found.update(dict.fromkeys(peers, packed))
+        return found
+
+
 class Rank:
     """A rank's program with its emitted graphs."""
 
@@ -55,6 +87,8 @@ class Rank:
         self.attended = self.queries if program.first is None else Holding.of(program.queries)
         """The queries it attends for: its own, or those of some heads."""
         self.value_dim = spec.value_dim
+        self._routes: dict[int, Route] = {}
+        self._stores: dict[int, Assembly] = {}
         self.hops = {hop.index: (hop, part) for hop, part in zip(program.hops, parts, strict=True)}
         self.last_hop = max(self.hops, default=-1)
 
@@ -63,7 +97,7 @@ class Rank:
         asked = q
         if self.program.first is not None:
             (asked,) = yield from self._moved("queries", self.program.first, (q,))
-        totals = [Total(sum(p[i] is not None for p in self.parts)) for i in range(len(self.program.softmaxes))]
+        totals = [Total(asked, self.value_dim) for _ in self.program.softmaxes]
         handle = yield from self._fetch(0, k, v)
         for h in range(self.last_hop + 1):
             received: Received = (yield Wait(handle)) if handle is not None else {}
@@ -75,8 +109,8 @@ class Rank:
                 keys, values = (self._store(hop, i, x, received) for i, x in enumerate((k, v)))
                 for total, part in zip(totals, parts, strict=True):
                     if part is not None:
-                        total.add(*part.forward(asked, keys, values, operands))
-        pairs = tuple(total.result(asked, self.value_dim) for total in totals)
+                        total.add(*part.forward(asked, keys, values, operands), part.rows)
+        pairs = tuple(total.result() for total in totals)
         out, lse = self.mixing.forward(pairs)
         total_lse = lse
         if self.program.last is not None:
@@ -86,15 +120,22 @@ class Rank:
         return Result(out, lse, asked, pairs, total_lse)
 
     def backward(
-        self, grad: Tensor, grad_lse: Tensor | None, saved: Result, k: Tensor, v: Tensor, operands: Mapping[str, Any]
-    ) -> Routine[Triple]:
-        """Return the gradients of the shards of q, k and v."""
+        self,
+        grad: Tensor,
+        grad_lse: Tensor | None,
+        saved: Result,
+        k: Tensor,
+        v: Tensor,
+        operands: Mapping[str, Any],
+        names: Sequence[str] = (),
+    ) -> Routine[Gradients]:
+        """Return the gradients of the shards of q, k and v, and this rank's part of those of the named operands."""
         if self.program.first is not None:
             moving = (grad,) if grad_lse is None else (grad, grad_lse.unsqueeze(-1))
             there = yield from self._moved("gradients of outputs", self.program.first, moving)
             grad, grad_lse = there[0], there[1].squeeze(-1) if grad_lse is not None else None
         flows = self.mixing.backward(grad, grad_lse, saved.total, saved.parts)
-        totals = (zero_gradient(saved.queries), zero_gradient(k), zero_gradient(v))
+        totals = tuple(Sum(x) for x in (saved.queries, k, v, *(operands[name] for name in names)))
         handle = yield from self._fetch(0, k, v)
         home: tuple[Any, Exchange] | None = None
         for h in range(self.last_hop + 1):
@@ -103,19 +144,25 @@ class Rank:
             if h not in self.hops:
                 continue
             hop, parts = self.hops[h]
-            returns = self._hop_backward(hop, parts, flows, saved.queries, (k, v), received, totals, operands)
+            returns = self._hop_backward(hop, parts, flows, saved.queries, (k, v), received, totals, operands, names)
             if home is not None:
                 self._add_arrived(*home[1:], (yield Wait(home[0])), totals)
                 home = None
             if hop.exchange is not None:
-                sent = yield Start(GRADIENTS, h, _back(hop.exchange), returns, self._sizes(hop.exchange.sends, k, v))
+                sent = yield Start(
+                    GRADIENTS,
+                    h,
+                    _back(hop.exchange),
+                    returns,
+                    _all_sizes(self._route(hop.exchange, self.keys).outgoing, (k, v), wide=True),
+                )
                 home = (sent, hop.exchange)
         if home is not None:
             self._add_arrived(home[1], (yield Wait(home[0])), totals)
-        dq = totals[0].to(saved.queries.dtype)
+        dq = totals[0].result()
         if self.program.last is not None:
             (dq,) = yield from self._moved("gradients of queries", self.program.last, (dq,), home=True)
-        return dq, totals[1].to(k.dtype), totals[2].to(v.dtype)
+        return dq, *(total.result() for total in totals[1:])
 
     def _hop_backward(
         self,
@@ -125,68 +172,80 @@ class Rank:
         q: Tensor,
         own: Pair,
         received: Received,
-        totals: Triple,
+        totals: Sequence[Sum],
         operands: Mapping[str, Any],
+        names: Sequence[str],
     ) -> dict[int, Pair]:
         """Add a hop's gradients to those of this rank's rows, and return those of the rows that peers sent."""
-        maps = {} if hop.exchange is None else hop.exchange.receives
-        returns = {
-            peer: tuple(torch.zeros_like(x, dtype=accumulator(x.dtype)) for x in received[peer]) for peer in maps
-        }
+        sums = None
         if any(parts):
             keys, values = (self._store(hop, i, x, received) for i, x in enumerate(own))
-            sums = (zero_gradient(keys), zero_gradient(values))
+            sums = (Sum(keys), Sum(values))
             for flow, part in zip(flows, parts, strict=True):
                 if part is not None:
-                    dq, dk, dv = part.backward(flow, q, keys, values, operands)
-                    for total, piece in zip((totals[0], *sums), (dq, dk, dv), strict=True):
-                        total.add_(piece)
-            plan = self._store_plan(hop)
-            for i, gradient in enumerate(sums):
-                if plan is None:
-                    totals[1 + i].add_(gradient)
-                else:
-                    plan.add(gradient, [totals[1 + i], *(returns[peer][i] for peer in sorted(maps))])
-        return {peer: (pair[0], pair[1]) for peer, pair in returns.items()}
+                    dq, dk, dv, *more = part.backward(flow, q, keys, values, operands, names)
+                    each = zip((totals[0], *sums), (dq, dk, dv), part.into, strict=True)
+                    for total, piece, rows in (*each, *((t, x, None) for t, x in zip(totals[3:], more, strict=True))):
+                        total.add(piece, rows)
+        maps = {} if hop.exchange is None else hop.exchange.receives
+        homes = [self._home(hop, None if sums is None else sums[i], totals[1 + i], i, received) for i in range(2)]
+        return {peer: (homes[0][peer], homes[1][peer]) for peer in maps}
 
-    def _add_arrived(self, exchange: Exchange, arrived: Received, totals: Triple) -> None:
+    def _home(self, hop: Hop, total: Sum | None, own: Sum, i: int, received: Received) -> dict[int, Tensor]:
+        """Add the gradient of a hop's store to that of this rank's rows, and return what goes home to each peer."""
+        peers = [] if hop.exchange is None else sorted(hop.exchange.receives)
+        gradient, plan = None if total is None else total.found(), self._store_plan(hop)
+        source = 0 if plan is None else plan.same
+        if gradient is not None and source == 0:
+            own.add(gradient)
+        homes = {}
+        for place, peer in enumerate(peers, start=1):
+            like = received[peer][i]
+            wide = accumulator(like.dtype)
+            if gradient is not None and source == place:  # the store is this message
+                homes[peer] = torch.empty_like(like, dtype=wide).copy_(gradient)
+            else:
+                homes[peer] = torch.zeros_like(like, dtype=wide)
+        if gradient is not None and source is None:
+            assert plan is not None
+            plan.add(gradient, [own.dense(), *homes.values()])
+        return homes
+
+    def _add_arrived(self, exchange: Exchange, arrived: Received, totals: Sequence[Sum]) -> None:
         """Add the gradients that peers send home, in the order of peers."""
         for peer in sorted(arrived):
-            plan = assembly(Holding.of(exchange.sends[peer]), (self.keys,))
+            plan = assembly(self._route(exchange, self.keys).outgoing[peer], (self.keys,))
             for i, gradient in enumerate(arrived[peer]):
-                plan.add(gradient, [totals[1 + i]])
+                if plan.same is None:
+                    plan.add(gradient, [totals[1 + i].dense()])
+                else:
+                    totals[1 + i].add(gradient)
 
     def _fetch(self, h: int, k: Tensor, v: Tensor) -> Routine[Any]:
         """Start the exchange of hop h; return its handle, None if there is none."""
         exchange = self.hops[h][0].exchange if h in self.hops else None
         if exchange is None:
             return None
-        sends = self._messages(exchange.sends, self.keys, (k, v))
-        handle = yield Start(KEYS, h, exchange.collective, sends, self._sizes(exchange.receives, k, v, wide=False))
+        route = self._route(exchange, self.keys)
+        receives = _all_sizes(route.incoming, (k, v), wide=False)
+        handle = yield Start(KEYS, h, exchange.collective, route.messages((k, v)), receives)
         return handle
 
-    def _messages(
-        self, sends: Mapping[int, Maps], held: Holding, tensors: Sequence[Tensor]
-    ) -> dict[int, tuple[Tensor, ...]]:
-        """Return what goes to each peer; equal rows are packed once."""
-        packed: dict[Maps, tuple[Tensor, ...]] = {}
-        for maps in sends.values():
-            if maps not in packed:
-                plan = assembly(Holding.of(maps), (held,))
-                packed[maps] = tuple(plan.gather([x], x).contiguous() for x in tensors)
-        return {peer: packed[maps] for peer, maps in sends.items()}
-
-    def _sizes(self, maps: Mapping[int, Maps], k: Tensor, v: Tensor, *, wide: bool = True) -> dict[int, Sizes]:
-        """Return what messages of keys and values hold, or of their gradients, which are wide."""
-        return {peer: _sizes(Holding.of(m), (k, v), wide=wide) for peer, m in maps.items()}
+    def _route(self, exchange: Exchange, held: Holding) -> Route:
+        """Return the route of an exchange; each hop has one, and so do those before and after all hops."""
+        if exchange.hop not in self._routes:
+            self._routes[exchange.hop] = Route.of(exchange, held)
+        return self._routes[exchange.hop]
 
     def _store_plan(self, hop: Hop) -> Assembly | None:
         """Return how a hop's keys are put together from this rank's own and from each peer's message."""
         if hop.store is None:
             return None
-        peers = () if hop.exchange is None else sorted(hop.exchange.receives)
-        messages = tuple(Holding.of(hop.exchange.receives[p]) for p in peers) if hop.exchange is not None else ()
-        return assembly(_store_of(hop), (self.keys, *messages))
+        if hop.index not in self._stores:
+            route = None if hop.exchange is None else self._route(hop.exchange, self.keys)
+            messages = () if route is None else tuple(route.incoming[p] for p in route.peers)
+            self._stores[hop.index] = assembly(_store_of(hop), (self.keys, *messages))
+        return self._stores[hop.index]
 
     def _store(self, hop: Hop, i: int, own: Tensor, received: Received) -> Tensor:
         """Return the keys (i = 0) or values (i = 1) that a hop's graphs attend to."""
@@ -198,13 +257,19 @@ class Rank:
     ) -> Routine[list[Tensor]]:
         """Exchange rows of queries or outputs: to the ranks that attend for them, or ``home`` again."""
         source, wanted = (self.attended, self.queries) if home else (self.queries, self.attended)
-        sends = self._messages(exchange.sends, source, tensors)
-        receives = {p: _sizes(Holding.of(maps), tensors, wide=False) for p, maps in exchange.receives.items()}
-        handle = yield Start(name, LAST if home else FIRST, exchange.collective, sends, receives)
+        route = self._route(exchange, source)
+        receives = _all_sizes(route.incoming, tensors, wide=False)
+        handle = yield Start(
+            name, LAST if home else FIRST, exchange.collective, route.messages(tensors), receives
+        )  # fmt: skip
         received: Received = yield Wait(handle)
-        peers = sorted(exchange.receives)
-        plan = assembly(wanted, (source, *(Holding.of(exchange.receives[p]) for p in peers)))
-        return [plan.gather([x, *(received[p][i] for p in peers)], x) for i, x in enumerate(tensors)]
+        plan = assembly(wanted, (source, *(route.incoming[p] for p in route.peers)))
+        return [plan.gather([x, *(received[p][i] for p in route.peers)], x) for i, x in enumerate(tensors)]
+
+
+def _all_sizes(held: Mapping[int, Holding], tensors: Sequence[Tensor], *, wide: bool) -> dict[int, Sizes]:
+    """Return what messages of tensors hold, or of their gradients, which are wide."""
+    return {peer: _sizes(one, tensors, wide=wide) for peer, one in held.items()}
 
 
 def _sizes(held: Holding, tensors: Sequence[Tensor], *, wide: bool) -> Sizes:

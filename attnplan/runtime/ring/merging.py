@@ -9,45 +9,46 @@ import torch
 from torch import Tensor
 
 from attnplan.patterns import Mixture
-from attnplan.runtime.ring.merge_two import merge_two
+from attnplan.runtime.ring.merge_parts import MOST, Piece, merge_parts
 from attnplan.runtime.ring.parts import Flow
+from attnplan.runtime.ring.surgery import Rows
 from attnplan.runtime.views import accumulator
 from attnplan.spec import AttentionSpec
 
 
 class Total:
-    """The running softmax of one rank's rows: the first part is kept as it is, the others are merged in float32.
+    """The softmax of one rank's rows from its parts, which are merged a few at a time, in hop order, in float32.
 
     Parameters
     ----------
-    parts
-        Number of parts that will come, so that the last merge can write the dtype of the output.
+    q
+        The rows' queries.
+    features
+        Features of the output.
     """
 
-    def __init__(self, parts: int = 0) -> None:
-        self.out: Tensor | None = None
-        self.lse: Tensor | None = None
-        self._left = parts
-        self._dtype: torch.dtype | None = None
+    def __init__(self, q: Tensor, features: int) -> None:
+        self._q, self._features = q, features
+        self._pieces: list[Piece] = []
         self._runs = False
 
-    def add(self, out: Tensor, lse: Tensor) -> None:
-        """Merge a part's output ``[B, H, S, Dv]`` and LSE ``[B, H, S]``. A row without a key has LSE -inf."""
-        self._left -= 1
-        if self.out is None or self.lse is None:
-            self.out, self.lse, self._dtype = out, lse.to(accumulator(out.dtype)), out.dtype
-            return
-        assert self._dtype is not None
-        dtype = self._dtype if self._left == 0 else accumulator(self._dtype)
-        self.out, self.lse = merge_two((self.out, self.lse), (out, lse), dtype, over=self._runs)
-        self._runs = True
+    def add(self, out: Tensor, lse: Tensor, rows: Rows = None) -> None:
+        """Take a part's output ``[B, H, n, Dv]`` and LSE ``[B, H, n]``, of some rows or of all."""
+        if len(self._pieces) == MOST:
+            made = merge_parts(self._pieces, self._q, accumulator(self._q.dtype), over=self._runs)
+            self._pieces, self._runs = [Piece(*made)], True
+        self._pieces.append(Piece(out, lse, rows))
 
-    def result(self, q: Tensor, features: int) -> tuple[Tensor, Tensor]:
-        """Return the output in the dtype of q, and the LSE; 0 and -inf where no hop added anything."""
-        if self.out is None or self.lse is None:
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Return the output in the dtype of q, and the LSE; 0 and -inf where no part added anything."""
+        q = self._q
+        if not self._pieces:
             none = torch.full(q.shape[:3], -torch.inf, dtype=accumulator(q.dtype), device=q.device)
-            return q.new_zeros((*q.shape[:3], features)), none
-        return self.out.to(q.dtype), self.lse
+            return q.new_zeros((*q.shape[:3], self._features)), none
+        one = self._pieces[0]
+        if len(self._pieces) == 1 and one.rows in (None, (0, q.shape[2])):
+            return one.out.to(q.dtype), one.lse.to(accumulator(q.dtype))
+        return merge_parts(self._pieces, q, q.dtype, over=self._runs)
 
 
 @attrs.frozen
@@ -78,11 +79,10 @@ class Mixing:
             return wide.to(out.dtype), None
         if len(parts) == 1:
             return out, lse
-        joined = Total()
+        joined = Total(out, out.shape[-1])
         for part in parts:
             joined.add(*part)
-        assert joined.out is not None
-        return joined.out.to(out.dtype), joined.lse
+        return joined.result()
 
     def backward(
         self, grad: Tensor, grad_lse: Tensor | None, lse: Tensor | None, parts: Sequence[tuple[Tensor, Tensor]]

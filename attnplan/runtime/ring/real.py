@@ -121,10 +121,10 @@ class RealTransport:
         return Pending(request, ((-1, work),), received, own)
 
     def _all_to_all(self, request: Start) -> Pending:
-        messages = [_packed(request.sends.get(peer, ()), self.device) for peer in range(self.ranks)]
-        sends = [m.numel() for m in messages]
+        messages = [request.sends.get(peer, ()) for peer in range(self.ranks)]
+        sends = [size_of(m) for m in messages]
         receives = [size_in(request.receives.get(peer, ())) for peer in range(self.ranks)]
-        own = torch.cat(messages)
+        own = _packed([x for m in messages for x in m], self.device)
         everything = own.new_empty(sum(receives))
         work = dist.all_to_all_single(everything, own, receives, sends, group=self.group, async_op=True)
         parts = torch.split(everything, receives)
