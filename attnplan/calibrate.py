@@ -19,7 +19,7 @@ import torch
 from attnplan import patterns as P
 from attnplan.cost import Device, Target
 from attnplan.cost import calibration as calibrations
-from attnplan.cost.fit import Sample, fitted
+from attnplan.cost.fit import Sample, alone, fitted
 from attnplan.cost.model import loads
 from attnplan.cost.parameters import Parameters, defaults
 from attnplan.cost.rules import Setting
@@ -144,12 +144,12 @@ def sample_of(one: Contestant, row: Raw, *, on_gpu: bool) -> Sample:
     plan = one.run
     assert isinstance(plan, Plan)
     kernel = plan._schedule.priced
-    alone = host = None
+    on_device = host = None
     if on_gpu:
-        alone = min(statistics.median(row["device"]), row["seconds"]) if row["device"] else row["seconds"]
         host = row["host"]
+        on_device = alone(row["seconds"], row["device"], host)
     found = loads(Setting.of(plan.graph, plan.spec, kernel))
-    return Sample.of(found, plan.spec, kernel, row["seconds"], alone, host)
+    return Sample.of(found, plan.spec, kernel, row["seconds"], on_device, host)
 
 
 def grid(kind: str) -> list[tuple[str, AttentionSpec]]:

@@ -42,16 +42,19 @@ STRATEGIES: Mapping[str, Pipeline] = {
     "lattice-batch": Pipeline((Canonicalize(), SplitHeads(), Lattice(), FuseMerge(), PullMerge(), BatchBranches())),
     "blocks": Pipeline((Canonicalize(), SplitHeads(), BlockSparse(), FuseMerge())),
     "decompose": Pipeline((Canonicalize(), SplitHeads(), Decompose(), Lattice(), BlockSparse(), FuseMerge())),
+    "decompose-pull": Pipeline(
+        (Canonicalize(), SplitHeads(), Decompose(), Lattice(), BlockSparse(), FuseMerge(), PullMerge())
+    ),
 }
 """Legal pipelines.
 
 ``dense`` attends over whole rows, masked where a kernel does not know the pattern; ``lattice`` takes segments and
 dilation apart; ``lattice-views`` and ``lattice-batch`` do so with kernels of our own around those of attention, which
 need Triton: one join writes each row once, and rows are strided views in more launches, or copied for fewer of them;
-``blocks`` run the tiles of the mask that hold pairs, or a band as overlapping chunks; ``decompose``
-cuts set unions into disjoint parts, each of which the others take up; ``naive`` is the lowering itself, which only the
-reference runs. Where a schedule has no tiles, ``block-sparse`` is left out; where it has no CUDA kernel, so are
-``views``, ``pull-merge`` and ``batch-branches``.
+``blocks`` run the tiles of the mask that hold pairs, or a band as overlapping chunks; ``decompose`` cuts set unions
+into disjoint parts, each of which the others take up, and ``decompose-pull`` joins them by a kernel of our own;
+``naive`` is the lowering itself, which only the reference runs. Where a schedule has no tiles, ``block-sparse`` is left
+out; where it has no CUDA kernel, so are ``views``, ``pull-merge`` and ``batch-branches``.
 """
 
 
@@ -176,12 +179,14 @@ def search(
     deterministic: bool = False,
     failed: Mapping[tuple[str, str, str], str] = _NONE,
     loops: bool = True,
+    measured: bool = False,
 ) -> Found:
     """Price every candidate and return the cheapest.
 
     With ``deterministic`` only schedules that repeat bit for bit are candidates; what ``failed`` in a call is none,
     for the reason given there. Without ``loops`` nothing is cut into pieces to meet the budget, which takes seconds to
-    find out where nothing meets it.
+    find out where nothing meets it. Where candidates will be
+    ``measured``, the tested schedules of backends that compile are among them.
 
     Raises
     ------
@@ -196,12 +201,15 @@ def search(
         raise SpecError(f"unknown strategy {strategy!r}{did_you_mean(strategy, [*STRATEGIES, 'auto'])}")
     if backend != "auto":
         registry().get(backend)
-    options = list(_options(spec, target, backend, strategy, deterministic=deterministic, failed=failed))
+    options = list(
+        _options(spec, target, backend, strategy, deterministic=deterministic, failed=failed, measured=measured)
+    )
     budget = target.device.memory if max_memory is None else max_memory
     fitting = [o for o in options if o[3].prediction and o[3].prediction.peak_bytes <= budget]
     if loops and (max_memory is not None or not fitting):
         fitting += _fitted(spec, target, options, budget)
-    refused = [_over_budget(o[3], budget, max_memory) for o in options if o not in fitting]
+    kept = {id(o) for o in fitting}
+    refused = [_over_budget(o[3], budget, max_memory) for o in options if id(o) not in kept]
     if not fitting:
         raise _nothing_fits(spec, target, options, refused, max_memory, loops=loops)
     fitting.sort(key=lambda o: o[3].prediction.seconds if o[3].prediction else 0.0)
@@ -243,6 +251,7 @@ def _options(
     *,
     deterministic: bool = False,
     failed: Mapping[Choice, str] = _NONE,
+    measured: bool = False,
 ) -> Iterator[Option]:
     for name in STRATEGIES:
         for candidate_backend in registry().backends.values():
@@ -254,7 +263,8 @@ def _options(
                         if strategy in lowered.also:
                             lowered = attrs.evolve(lowered, strategy=strategy)
                         more = [*_more(lowered.strategy, candidate_backend, schedule, deterministic, failed)]
-                        yield _option(spec, target, lowered, candidate_backend, schedule, (backend, strategy), more)
+                        pins = (backend, strategy)
+                        yield _option(spec, target, lowered, candidate_backend, schedule, pins, more, measured=measured)
 
 
 def _more(
@@ -274,9 +284,12 @@ def _option(
     schedule: Schedule,
     pins: tuple[str, str],
     more: Sequence[str] = (),
+    *,
+    measured: bool = False,
 ) -> Option:
+    automatic = schedule.automatic and (backend.automatic or (measured and backend.compiles and bool(schedule.tested)))
     reasons = [*backend.missing(schedule, target), *fusion_missing(lowered.graph, target), *more]
-    reasons += _pinned(lowered.strategy, backend.name, backend, *pins)
+    reasons += _pinned(lowered.strategy, backend.name, automatic, *pins)
     reasons += backend.refuse(lowered.graph, spec, schedule, target.device)
     prediction = None if reasons else price(lowered.graph, spec, schedule.priced, target.device, parameters_for(target))
     candidate = Candidate(lowered.strategy, backend.name, schedule.name, prediction, tuple(reasons))
@@ -327,12 +340,12 @@ def fusion_missing(graph: Graph, target: Target) -> Iterator[str]:
         yield f"its joins are Triton kernels, and import of triton failed: {failure}"
 
 
-def _pinned(has_strategy: str, name: str, candidate: Backend, backend: str, strategy: str) -> Iterator[str]:
+def _pinned(has_strategy: str, name: str, automatic: bool, backend: str, strategy: str) -> Iterator[str]:
     if strategy not in ("auto", has_strategy):
         yield f"strategy={strategy!r} was asked for"
     if backend not in ("auto", name):
         yield f"backend={backend!r} was asked for"
-    if backend == "auto" and not candidate.automatic:
+    if backend == "auto" and not automatic:
         yield f"runs only when asked for by backend={name!r}"
 
 
@@ -382,16 +395,18 @@ def _nothing_fits(
     priced = [(c.prediction.peak_bytes, c.name) for _, _, _, c in options if c.prediction]
     if priced:
         need, name = min(priced)
-        seen: set[_Kind] = set()
-        for of, backend, schedule, candidate in options if loops else ():
-            alike = _memory_kind(of, schedule)
-            if candidate.prediction is None or alike in seen:
-                continue
-            found = least(of.graph, _way(spec, target, backend, schedule))
-            seen.add(alike)
-            if found and found[0] < need:
-                need, name = found[0], attrs.evolve(candidate, loop=found[1]).name
-        what = f"the smallest plan, {name}, needs {format_bytes(need)} beside its inputs and output"
+        kinds: dict[_Kind, tuple[Option, Way]] = {}
+        for option in options if loops else ():
+            of, backend, schedule, candidate = option
+            if candidate.prediction is not None:
+                way = _way(spec, target, backend, schedule)
+                kinds.setdefault(_memory_kind(of, schedule), (option, way))
+        ways = list(kinds.values())
+        found = least([(option[0].graph, way) for option, way in ways], need)
+        if found:
+            need, name = found.need, attrs.evolve(ways[found.index][0][3], loop=found.title).name
+        whole = "" if loops else " in one piece"
+        what = f"the smallest plan{whole}, {name}, needs {format_bytes(need)} beside its inputs and output"
         smaller = "try a smaller batch" if spec.batch > 1 else "try a shorter sequence"
         if max_memory is None:
             has = format_bytes(target.device.memory)

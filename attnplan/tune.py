@@ -1,7 +1,8 @@
 """Measured search: the best few by price are run on the real shapes, and the fastest is kept for the next time.
 
 A choice is remembered in the user's cache with the fingerprint of the machine; on another device, driver or version it
-is measured again. Pins stay: only what they allow is measured.
+is measured again. Pins stay: only what they allow is measured. Who measures spends seconds already, so candidates that
+compile at their first call are among them.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def tuned(spec: AttentionSpec, target: Target, pins: Mapping[str, Any], *, deter
         raise NoBackendError(
             f"tune=True measures, and {target.device.title} is not here; leave it out to plan by price"
         )
-    found = search(spec, target, **pins, deterministic=deterministic)
+    found = search(spec, target, **pins, deterministic=deterministic, measured=True)
     few = _few(found)
     name = _file(spec, target, pins, deterministic)
     kept = _remembered(name, target, few) if name else None
@@ -135,7 +136,7 @@ def _only(
     """Return what a search finds if this choice is the only one, with every candidate in its report."""
     others = {_choice(c): "is slower, as was measured" for c in found.candidates if not c.reasons}
     others.pop(choice)
-    alone = search(spec, target, **pins, deterministic=deterministic, failed=others)
+    alone = search(spec, target, **pins, deterministic=deterministic, failed=others, measured=True)
     candidate = next(c for c in found.candidates if _choice(c) == choice and not c.reasons)
     return attrs.evolve(alone, candidate=candidate, candidates=found.candidates)
 
@@ -152,7 +153,7 @@ def _measured(
     device = target.torch_device
     inputs = [x.to(device).requires_grad_(spec.training) for x in random_inputs(spec, generator)]
     operands = {name: x.to(device) for name, x in random_operands(spec, generator).items()}
-    whole = search(spec, target, **pins, deterministic=deterministic)
+    whole = search(spec, target, **pins, deterministic=deterministic, measured=True)
     on_gpu = target.device.kind == "cuda"
     times: dict[str, Times] = {}
     failures: dict[str, str] = {}

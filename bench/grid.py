@@ -64,14 +64,14 @@ class Builder:
             self.cases.append(Case(name, family, spec, rank, mode in flex, operands))
 
     def sorted(self) -> list[Case]:
-        """Return the cases by rank, the families of each rank taking turns."""
+        """Return the cases by rank; in every prefix of a rank families have about their share of it."""
         names = [c.name for c in self.cases]
         assert len(set(names)) == len(names), "names tell specs apart"
-        taken = dict.fromkeys(FAMILIES, 0)
+        groups = [(rank, family) for rank in sorted({c.rank for c in self.cases}) for family in FAMILIES]
         order = []
-        for place, case in enumerate(self.cases):
-            order.append((case.rank, taken[case.family], place))
-            taken[case.family] += 1
+        for rank, family in groups:
+            mine = [c for c in self.cases if (c.rank, c.family) == (rank, family)]
+            order += [(rank, (i + 0.5) / len(mine), self.cases.index(c)) for i, c in enumerate(mine)]
         return [self.cases[place] for _, _, place in sorted(order)]
 
 

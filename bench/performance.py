@@ -109,7 +109,35 @@ def judgement(device: str) -> Iterator[str]:
             yield f"| {name} | {specs} | {' | '.join(map(percent, figures))} |"
     yield ""
     yield "Figures are means over the splits. A policy counts for the specs that its kernel can run; over these it"
-    yield f"takes, in total, {', '.join(totals(judged))} the time of the planner's choices."
+    yield f"takes, in total, {', '.join(totals(judged))} the time of the planner's choices. A call by hand counts where"
+    yield "candidates with its library were measured, too."
+    yield ""
+    yield from beaten(judged)
+
+
+MOST = 12
+"""Specs that are listed at most."""
+
+
+def beaten(judged: Row) -> Iterator[str]:
+    """Say in which held-out specs something by hand, or by name, beats the planner's choice by more than 5 %."""
+    worst: dict[str, Row] = {}
+    for one in judged["seeds"]:
+        for got in one.get("by hand", []):
+            if got["slower by"] > worst.get(got["spec"], {}).get("slower by", 0.0):
+                worst[got["spec"]] = got
+    if not worst:
+        return
+    rows = sorted(worst.values(), key=lambda r: -r["slower by"])
+    yield f"In {len(rows)} held-out specs of any split something that the planner does not choose by itself is over 5 %"
+    yield "faster than its choice: a call by hand, without a plan's checks on the host, or FlexAttention, which takes"
+    yield f"seconds to compile. {'The worst:' if len(rows) > MOST else ''}".rstrip()
+    yield ""
+    yield "| spec | choice | faster | choice is slower by | on the device alone |"
+    yield "|---|---|---|---|---|"
+    for got in rows[:MOST]:
+        share, alone = percent(got["slower by"]), percent(got["slower on the device by"])
+        yield f"| {got['spec']} | `{got['auto']}` | `{got['faster']}` | {share} | {alone} |"
     yield ""
 
 

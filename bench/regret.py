@@ -1,44 +1,32 @@
 """How often, and by how much, the planner's choice loses to the best of everything that was measured.
 
-    python -m bench.regret --measure --gpu --json regret-h100.json --budget 420
-    python -m bench.regret --measure --cpu --json bench/results/regret-cpu.json
+    python -m bench.regret --measure --gpu --json bench/results/regret-h100-xformers.json --budget 280
+    python -m bench.regret --measure --gpu --json bench/results/regret-h100-fa4.json --budget 280 \\
+        --backends flash --peers fa4,cudnn
+    python -m bench.regret --measure --cpu --json bench/results/regret-cpu-2core.json --budget 840 --peers sdpa
     python -m bench.regret --judge bench/results/regret-h100-*.json --seed 1 --seed 2 --seed 3
     python -m bench.regret --ship bench/results/regret-h100-*.json
 
-``--measure`` runs the grid of :mod:`bench.grid`: every candidate that accepts a spec, and calls by hand, take turns.
-Rows are written after each spec. ``--judge`` fits the cost model to half of the rows, by the seed, and judges it on the
-other half; ``--ship`` fits it to all of them, for the package.
+``--measure`` runs the grid of :mod:`bench.grid`: every candidate that accepts a spec, and calls by hand, take turns. On
+a GPU several processes compile and check at once, and race one at a time (:mod:`bench.crew`). Rows are written after
+each spec; with ``--resume`` those stay whose graphs are the same. ``--judge`` fits the cost model to half of the rows,
+by the seed, and judges it on the other half; ``--ship`` fits it to all of them, for the package.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from bench import crew
 from bench.grid import GRIDS, Case
+from bench.measuring import Job, Row, Rules, measure
 
 BY_HAND = ("sdpa", "cudnn", "flex", "fa4")
-HAND_FLEX_ROWS = 16_384
-"""Specs of the first rank with as many rows get FlexAttention by hand beside the plan that runs it."""
-HUNG = 20.0
-"""Seconds after which a contestant counts as hung."""
-HANGS = 40.0
-"""Seconds without a new contestant after which a process is taken to hang."""
-RESTARTS = 12
-PHASES = ("its preparation", "the race")
-"""What may hang that is no contestant; the spec is left out then."""
-FLEX_COST = 12.0
-"""Seconds that a FlexAttention plan may take to compile, at worst: none is started with less time left."""
-Row = dict[str, Any]
 
 
 def parse() -> argparse.Namespace:
@@ -49,7 +37,7 @@ def parse() -> argparse.Namespace:
     what.add_argument(
         "--ship", nargs="+", type=Path, metavar="FILE", help="fit everything, and write it for the package"
     )
-    what.add_argument("--warm", metavar="PART/PARTS", help=argparse.SUPPRESS)
+    what.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--gpu", dest="grid", action="store_const", const="gpu")
     parser.add_argument("--cpu", dest="grid", action="store_const", const="cpu")
     parser.add_argument("--tiny", dest="grid", action="store_const", const="tiny", help="tries the script on a CPU")
@@ -58,12 +46,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--backends", default="", help="backends to measure, separated by commas; default: all")
     parser.add_argument("--peers", default=",".join(BY_HAND), help="calls by hand, separated by commas")
     parser.add_argument("--only", default="", help="measure the specs whose names hold this")
-    parser.add_argument("--warmers", type=int, default=10, help="processes that compile FlexAttention beforehand")
+    parser.add_argument("--workers", type=int, help="processes; by default 12 on a GPU, and this one on a CPU")
     parser.add_argument("--seed", type=int, action="append", help="for --judge; give it several times")
     parser.add_argument("--leave", default="", help="for --ship: numbers that keep their published value, by commas")
-    parser.add_argument("--resume", action="store_true", help="keep the rows in --json, and measure the other specs")
-    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
-    parser.add_argument("--watched", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--resume", action="store_true", help="keep what --json says about graphs that are the same")
     return parser.parse_args()
 
 
@@ -77,270 +63,144 @@ def main() -> None:
         from bench.judge import ship
 
         ship(given.ship, [name for name in given.leave.split(",") if name])
-    elif given.warm:
-        warm(given)
-    elif given.grid == "gpu" and not given.watched:
-        watch(given)
+    elif given.worker:
+        worker(given)
     else:
         Measuring(given).run()
 
 
-def marker_of(given: argparse.Namespace) -> Path:
-    """Return the file that says which contestant runs, and by its time that something still happens."""
-    out: Path = given.json or Path(f"regret-{given.grid}.json")
-    return out.with_name(f".{out.name}.running")
-
-
-def watch(given: argparse.Namespace) -> None:
-    """Measure in another process, and start that anew, without the contestant that it hangs in, when it hangs."""
-    until = given.until or time.time() + given.budget
-    prewarm(given, until)
-    argv = [a for a in sys.argv[1:] if a != "--resume"]
-    command = [sys.executable, "-X", "faulthandler", "-m", "bench.regret", *argv, "--watched", "--until", str(until)]
-    resume = given.resume
-    marker = marker_of(given)
-    marker.parent.mkdir(parents=True, exist_ok=True)
-    for _ in range(RESTARTS):
-        started = time.time()
-        running = subprocess.Popen([*command, "--resume"] if resume else command)
-        while running.poll() is None:
-            time.sleep(1)
-            last = marker.stat().st_mtime if marker.exists() else started
-            if time.time() - max(last, started) > HANGS:
-                running.send_signal(signal.SIGABRT)  # the fault handler says where it hangs
-                time.sleep(3)
-                running.kill()
-                running.wait()
-        if running.returncode == 0 or time.time() > until or not marker.exists():
-            return
-        spec, name, _ = json.loads(marker.read_text(encoding="utf-8"))
-        marker.write_text(json.dumps([spec, name, f"hung or died, code {running.returncode}"]), encoding="utf-8")
-        print(f"starting again after {name} of {spec}", flush=True)
-        resume = True
-
-
-def select(given: argparse.Namespace) -> list[Case]:
+def select(given: argparse.Namespace) -> dict[str, Case]:
     if given.grid is None:
         raise SystemExit("say --gpu, --cpu or --tiny")
-    return [c for c in GRIDS[given.grid]() if given.only in c.name]
+    return {c.name: c for c in GRIDS[given.grid]() if given.only in c.name}
+
+
+def rules_of(given: argparse.Namespace) -> Rules:
+    from attnplan.cost import resolve
+
+    gpu = given.grid == "gpu"
+    return Rules.of(resolve("cuda" if gpu else "cpu"), given.backends, given.peers, gpu=gpu)
+
+
+def about_me() -> Row:
+    """Return what a file of rows says about where it was measured."""
+    from attnplan.harness import environment
+
+    return environment()
+
+
+def same_place(ours: Row, theirs: Row) -> bool:
+    """Return whether two environments are one device with the same packages, whatever they say about attnplan."""
+
+    def facts(x: Row) -> Row:
+        return {"device": x["device"], **{n: v for n, v in x["versions"].items() if n != "attnplan"}}
+
+    return facts(ours) == facts(theirs)
+
+
+def worker(given: argparse.Namespace) -> None:
+    """Measure what arrives on the standard input; what libraries print goes to the standard error."""
+    said = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    crew.work(rules_of(given), select(given), about_me(), sys.stdin, said)
 
 
 class Measuring:
-    """One run over a grid, or what is left of it after an error that cost the process its device."""
+    """One run over a grid: in several processes, or in this one."""
 
     def __init__(self, given: argparse.Namespace) -> None:
-        from attnplan.backends.base import import_failure
-        from attnplan.cost import resolve
-        from attnplan.harness import environment, read_rows
+        from attnplan.harness import read_rows
 
-        self.given = given
-        self.until = given.until or time.time() + given.budget
-        self.target = resolve("cuda" if given.grid == "gpu" else "cpu")
-        self.backends = frozenset(filter(None, given.backends.split(",")))
-        self.peers = frozenset(filter(None, given.peers.split(",")))
-        if import_failure("flash_attn.cute.interface") is not None:
-            self.peers -= {"fa4"}
+        self.given, self.started = given, time.time()
+        self.until: float = self.started + given.budget
         self.cases = select(given)
-        self.head: Row = {"grid": given.grid, "environment": environment()}
-        self.rows: list[Row] = []
         self.out: Path = given.json or Path(f"regret-{given.grid}.json")
-        self.marker = marker_of(given)
+        self.head: Row = {"grid": given.grid}
+        self.rows: dict[str, list[Row]] = {}
+        self.count = 0
         if given.resume and self.out.exists():
-            self.head, self.rows = read_rows(self.out)
+            self.head, rows = read_rows(self.out)
             self.head.pop("schema", None)
-            self.rows = [r for r in self.rows if "mode" in r or "failed" in r]
-        self.broken = self._what_broke()
-        self.marked = time.monotonic()
-
-    def _what_broke(self) -> set[tuple[str, str]]:
-        """Return the (spec, contestant) that ended an earlier process."""
-        if not (self.given.resume and self.marker.exists()):
-            return set()
-        spec, name, error = json.loads(self.marker.read_text(encoding="utf-8"))
-        self.rows.append({"spec": spec, "candidate": name, "failed": f"ended the process: {error}"})
-        self.marker.unlink()
-        return {(r["spec"], r["candidate"]) for r in self.rows if str(r.get("failed", "")).startswith("ended")}
+            for row in rows:
+                if "mode" in row:
+                    self.rows.setdefault(row["spec"], []).append(row)
 
     @property
     def left(self) -> float:
         """Seconds that are left."""
         return self.until - time.time()
 
+    @property
+    def known(self) -> dict[str, dict[str, str]]:
+        """Digests of graphs by candidate, by spec."""
+        return {
+            spec: {r["candidate"]: r["graph"] for r in rows if "graph" in r and "skipped" not in r}
+            for spec, rows in self.rows.items()
+        }
+
     def run(self) -> None:
-        """Measure, and write what was measured after each spec."""
-        import torch
+        """Measure, write what was measured after each spec, and print a table."""
+        before = self.head.get("seconds", 0)
+        workers = self.given.workers or (12 if self.given.grid == "gpu" else 0)
+        if workers:
+            self._together(workers)
+        else:
+            self._here()
+        self.head["seconds"] = before + time.time() - self.started
+        self._write()
+        print(summary([r for rows in self.rows.values() for r in rows]), flush=True)
 
-        started = time.time()
-        if self.given.grid == "gpu":
-            threading.Thread(target=self._watch, daemon=True).start()
-            if "ceilings" not in self.head:
-                from attnplan.calibrate import ceilings
+    def _together(self, workers: int) -> None:
+        passed = {"--backends": self.given.backends, "--peers": self.given.peers, "--only": self.given.only}
+        options = [x for name, value in passed.items() for x in (name, value)]
+        command = [sys.executable, "-m", "bench.regret", "--worker", f"--{self.given.grid}", *options]
+        memory = rules_of(self.given).target.device.memory
+        found = crew.Crew(command, self._order(), workers, self.until, memory, self.known, self._done, self._here_is)
+        found.run()
 
-                try:
-                    self.head["ceilings"] = ceilings(str(self.target.torch_device), budget=min(25.0, self.left / 8))
-                except Exception as error:  # the grid is worth more
-                    self.head["ceilings"] = {"failed": f"{type(error).__name__}: {error}"}
-                self._write()
-                print(f"ceilings after {time.time() - started:.0f} s", flush=True)
-        done = {r["spec"] for r in self.rows if "mode" in r} | {spec for spec, name in self.broken if name in PHASES}
-        for number, case in enumerate(self.cases):
-            if case.name in done:
-                continue
+    def _here(self) -> None:
+        rules = rules_of(self.given)
+        self._here_is(about_me())
+        for case in self._order():
             if self.left < 2:
-                self.rows.append({"spec": case.name, "skipped": "out of time"})
-                continue
-            self._mark(case.name, PHASES[0])
-            self._case(case)
+                break
+            self._done(case, measure(Job(case, self.left, known=self.known.get(case.name, {})), rules))
+
+    def _order(self) -> list[Case]:
+        """Return the specs that were not measured, then those that were, to see whether their graphs are the same."""
+        return sorted(self.cases.values(), key=lambda c: c.name in self.rows)
+
+    def _here_is(self, about: Row) -> None:
+        if not same_place(about, self.head.setdefault("environment", about)):
+            raise SystemExit(f"{self.out} holds rows of another device or of other versions: give another file")
+
+    def _done(self, case: Case, rows: list[Row] | None) -> None:
+        self.count += 1
+        if rows is not None:
+            self.rows[case.name] = rows
             self._write()
-            if self.given.grid == "gpu":
-                torch.cuda.empty_cache()
-            print(f"{number + 1:>3}/{len(self.cases)} {time.time() - started:>4.0f} s  {self._brief(case)}", flush=True)
-        self.head["seconds"] = self.head.get("seconds", 0) + time.time() - started
-        self._write()
-        print(summary(self.rows), flush=True)
-        self.marker.unlink(missing_ok=True)
-
-    def _case(self, case: Case) -> None:
-        from attnplan.harness.entrants import PoisonedError, contest
-        from attnplan.harness.peers import contestants_by_hand
-        from attnplan.search import lowerings_clear
-
-        facts = {"spec": case.name, "family": case.family, "mode": "training" if case.spec.training else "forward"}
-        asked = self._asked(case)
-        device = str(self.target.torch_device)
-        try:
-            entrants, rows = self._entrants(case, asked)
-            hand, others = contestants_by_hand(case.spec, device, self._hands(case))
-            entrants += [h for h in hand if (case.name, h.name) not in self.broken]
-            lowerings_clear()
-            rows += others
-            rows += list(contest(case.spec, self.target, entrants, asked, case.operands))
-        except PoisonedError as error:
-            self._again(error)
-        except Exception as error:  # one spec that fails must not cost the others
-            rows = [{"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}]
-        self.rows += [{**facts, **row} for row in rows if "refused" not in row]
-
-    def _entrants(self, case: Case, asked: Any) -> tuple[list[Any], list[Row]]:
-        from attnplan.harness.entrants import contestants
-
-        start = time.perf_counter()
-        entrants, rows = contestants(case.spec, self.target, asked)
-        refused = sum("refused" in r for r in rows)
-        rows.append({"planning": time.perf_counter() - start, "refused_candidates": refused})
-        kept = [e for e in entrants if (case.name, e.name) not in self.broken]
-        return kept, rows
-
-    def _hands(self, case: Case) -> frozenset[str]:
-        wanted = set(self.peers)
-        few = case.rank == 0 and case.spec.shape.seq_len == HAND_FLEX_ROWS and not case.spec.training
-        if not (case.flex and few) or self.left < FLEX_COST:
-            wanted.discard("flex")
-        return frozenset(wanted)
-
-    def _asked(self, case: Case) -> Any:
-        from attnplan.harness.entrants import Asked
-        from attnplan.runtime.clock import Plenty
-
-        without = {("reference", "float64")}
-        if self.given.grid == "cpu" or not case.flex or self.left < FLEX_COST:
-            without |= {("compiled", "flex"), ("compiled", "inductor")}
-        plenty = Plenty(rounds=8, seconds=0.05) if self.given.grid == "gpu" else Plenty(rounds=7, seconds=0.5, slow=1.0)
-        return Asked(
-            plenty=plenty,
-            backends=self.backends,
-            without=frozenset(without),
-            memory=int(self.target.device.memory * 0.4),
-            hopeless=25.0 if self.given.grid == "gpu" else 12.0,
-            until=time.monotonic() + self.left,
-            watch=lambda name: self._mark(case.name, name),
-        )
-
-    def _mark(self, spec: str, name: str) -> None:
-        self.marker.parent.mkdir(parents=True, exist_ok=True)
-        self.marker.write_text(json.dumps([spec, name, "died"]), encoding="utf-8")
-        self.marked = time.monotonic()
-
-    def _watch(self) -> None:
-        """Start anew where one contestant hangs; a kernel that never ends cannot be interrupted otherwise."""
-        while True:
-            time.sleep(1)
-            if self.marker.exists() and time.monotonic() - self.marked > HUNG:
-                self._again(TimeoutError(f"took longer than {HUNG:.0f} s"))
-
-    def _again(self, error: Exception) -> None:
-        """Start this process anew, without the contestant that poisoned it."""
-        spec, name, _ = json.loads(self.marker.read_text(encoding="utf-8"))
-        self.marker.write_text(json.dumps([spec, name, str(error)[:200]]), encoding="utf-8")
-        self._write()
-        print(f"starting again after {name} of {spec}: {error}", flush=True)
-        argv = [a for a in sys.argv[1:] if a != "--resume"]
-        again = [*argv, "--resume", *([] if self.given.until else ["--until", str(self.until)])]
-        os.execv(sys.executable, [sys.executable, "-m", "bench.regret", *again])
+        spent = time.time() - self.started
+        print(f"{self.count:>3}/{len(self.cases)} {spent:>4.0f} s  {brief(case, rows)}", flush=True)
 
     def _write(self) -> None:
         from attnplan.harness import write_rows
 
-        write_rows(self.out, self.head, self.rows)
-
-    def _brief(self, case: Case) -> str:
-        found = [r for r in self.rows if r["spec"] == case.name and "seconds" in r]
-        failed = sum("failed" in r for r in self.rows if r["spec"] == case.name)
-        if not found:
-            return f"{case.name}: nothing ran, {failed} failed"
-        best = min(found, key=lambda r: r["seconds"])
-        bad = f", {failed} failed" if failed else ""
-        return f"{case.name}: {best['seconds'] * 1e6:,.0f} us {best['candidate']} of {len(found)}{bad}"
+        order = [r for name in self.cases for r in self.rows.get(name, [])]
+        others = [r for name, rows in self.rows.items() if name not in self.cases for r in rows]
+        write_rows(self.out, self.head, order + others)
 
 
-def prewarm(given: argparse.Namespace, until: float) -> None:
-    """Compile FlexAttention for the marked specs in several processes at once: the compiler keeps what it made."""
-    if given.warmers < 1 or given.resume or (given.backends and "compiled" not in given.backends):
-        return
-    share = (until - time.time()) / 4
-    command = [sys.executable, "-m", "bench.regret", "--gpu", "--only", given.only]
-    running = [
-        subprocess.Popen(
-            [*command, "--warm", f"{i}/{given.warmers}", "--budget", str(share)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"},
-        )
-        for i in range(given.warmers)
-    ]
-    deadline = time.time() + share
-    for one in running:
-        try:
-            one.wait(max(0.1, deadline - time.time()))
-        except subprocess.TimeoutExpired:
-            one.kill()
-            one.wait()
-    print(f"compiled beforehand, {until - time.time():.0f} s left", flush=True)
-
-
-def warm(given: argparse.Namespace) -> None:
-    """Run FlexAttention once for every n-th marked spec, so that its compilation is found by the next process."""
-    import torch
-
-    from attnplan.cost import resolve
-    from attnplan.harness.entrants import Asked, contestants, prepared
-
-    part, parts = map(int, given.warm.split("/"))
-    until = time.time() + given.budget
-    target = resolve("cuda")
-    asked = Asked(backends=frozenset({"compiled"}), hopeless=1e9)
-    marked = [c for c in select(given) if c.flex]
-    for case in marked[part::parts]:
-        if time.time() > until:
-            return
-        try:
-            for one in contestants(case.spec, target, asked)[0]:
-                inputs = prepared(case.spec, "cuda:0", 0, case.operands)
-                inputs.errors(one.run)
-                inputs.call(one.run)()
-        except Exception as error:  # what fails here is reported by the run itself
-            print(f"{case.name}: {error}", flush=True)
-        torch.cuda.empty_cache()
+def brief(case: Case, rows: list[Row] | None) -> str:
+    """Say what a spec's rows hold, on one line."""
+    if rows is None:
+        return f"{case.name}: as it was"
+    found = [r for r in rows if "seconds" in r]
+    failed = sum("failed" in r for r in rows)
+    if not found:
+        return f"{case.name}: nothing ran, {failed} failed"
+    best = min(found, key=lambda r: r["seconds"])
+    bad = f", {failed} failed" if failed else ""
+    return f"{case.name}: {best['seconds'] * 1e6:,.0f} us {best['candidate']} of {len(found)}{bad}"
 
 
 def summary(rows: list[Row]) -> str:

@@ -16,10 +16,7 @@ from attnplan import AttentionSpec
 from attnplan import patterns as P
 from attnplan.cost import cache, catalogue, parameters_for, price, resolve
 from attnplan.cost import calibration as calibrations
-from attnplan.cost.fit import Sample, fitted
-from attnplan.cost.model import loads, timed
 from attnplan.cost.parameters import CALIBRATED, DATA_SHEET, Curve, defaults
-from attnplan.cost.rules import Setting
 from attnplan.errors import NoBackendError, SpecError
 from attnplan.search import every_way
 
@@ -145,40 +142,6 @@ def test_documents_that_come_with_the_call_are_priced_as_eight():
 
 
 # ---------------------------------------------------------------------------------------------------------- fitting
-
-
-def test_a_fit_finds_the_numbers_that_made_the_times():
-    """Times made by a table with other rates and overheads lead back to it."""
-    device, published = catalogue()["h100"], defaults("cuda")
-    truth = published.replaced(
-        {
-            "kernels/cudnn/forward/peak/64": 0.35,
-            "kernels/cudnn/forward/half/64": 400.0,
-            "kernels/cudnn/host": 9e-5,
-            "kernels/flash-cuda/forward/peak/64": 0.4,
-        },
-        CALIBRATED,
-    )
-    samples = []
-    for rows, heads in ((256, 4), (512, 8), (1024, 16), (4096, 16), (8192, 16), (16_384, 4)):
-        for causal in (False, True):
-            spec = AttentionSpec(seq_len=rows, heads=heads, head_dim=64, causal=causal)
-            for candidate, way in every_way(spec, resolve("h100")):
-                if way is not None and candidate.schedule in ("cudnn", "flash") and candidate.backend == "eager":
-                    kernel = way.schedule.priced
-                    found = loads(Setting.of(way.lowered.graph, spec, kernel))
-                    ops, total, host = timed(found, spec, kernel, device, truth)
-                    samples.append(Sample.of(found, spec, kernel, total, sum(op.seconds for op in ops), host))
-    table, numbers = fitted(samples, device, published)
-    curve = table.kernels["cudnn"].forward
-    assert curve.peak[64] == pytest.approx(0.35, rel=0.1)
-    assert curve.half[64] == pytest.approx(400, rel=0.3)
-    assert table.kernels["cudnn"].host == pytest.approx(9e-5, rel=0.1)
-    assert table.kernels["flash-cuda"].forward.peak[64] == pytest.approx(0.4, rel=0.1)
-    assert table.kernels["fa4"] == published.kernels["fa4"], "what was not measured stays as published"
-    assert not any(name.startswith("kernels/fa4") for name in numbers)
-    off = [abs(e) for s in samples for e, _ in s.errors(device, table)]
-    assert max(off) < 0.1
 
 
 # ------------------------------------------------------------------------------------------------------ what is kept

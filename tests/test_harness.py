@@ -19,6 +19,7 @@ from attnplan.harness import Asked, Contestant, contest, contestants, environmen
 from attnplan.harness import entrants as module
 from attnplan.harness.entrants import PoisonedError, prepared
 from attnplan.harness.peers import band, contestants_by_hand, dense_mask
+from attnplan.runtime import clock, compiling
 from attnplan.runtime.clock import Plenty, race
 
 TARGET = resolve("cpu")
@@ -190,6 +191,54 @@ def test_a_mixture_without_a_mask_has_no_call_by_hand():
 
 
 # -------------------------------------------------------------------------------------------------------- clock, rows
+
+
+BY_FLEX = {
+    "window": (P.window(15), None),
+    "union": (P.window(8) | P.global_tokens(4), None),
+    "documents": (P.documents([40, 8, 80, 128]), None),
+    "documents with the call": (P.documents(), [0, 16, 64, 256]),
+    "blocks": (P.random_blocks(0.5, 64, 0), None),
+    "longnet": (P.longnet([64, 128], [1, 2]), None),
+    "grouped": (P.grouped([64, 128], [1, 2]), None),
+}
+
+
+@pytest.mark.parametrize("name", [n if n == "longnet" else pytest.param(n, marks=pytest.mark.slow) for n in BY_FLEX])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_by_hand_says_every_family(name, monkeypatch):
+    monkeypatch.setattr(compiling, "compiled", lambda function: function)
+    pattern, cuts = BY_FLEX[name]
+    spec = AttentionSpec(seq_len=256, heads=4, head_dim=8, dtype="float32", pattern=pattern, causal=name != "union")
+    operands = None if cuts is None else {"documents": torch.tensor(cuts, dtype=torch.int32)}
+    (hand,), failed = contestants_by_hand(spec, "cpu", frozenset({"flex"}))
+    assert not failed
+    error, _ = prepared(spec, "cpu", 0, operands).errors(hand.run)
+    assert error < 1e-5
+
+
+def test_flex_by_hand_is_left_out_where_it_cannot_say_the_spec():
+    mean = attrs.evolve(SPECS["longnet"], pattern=P.mix([P.window(4), P.window(8)], rule="mean"))
+    long = AttentionSpec(seq_len=2**14, heads=2, head_dim=8, dtype="float32", causal=True)
+    for spec in (mean, long):
+        assert contestants_by_hand(spec, "cpu", frozenset({"flex"})) == ([], [])
+
+
+def test_a_burst_is_led_by_a_call_that_is_not_timed(monkeypatch):
+    happened = []
+
+    class Event:
+        def record(self):
+            happened.append("event")
+
+        def elapsed_time(self, other):
+            return 3.0
+
+    monkeypatch.setattr(clock, "_event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    seconds, _ = clock.once(lambda: happened.append("call"), True, 3, led=True)
+    assert happened == ["call", "event", "call", "call", "call", "event"]
+    assert seconds == pytest.approx(1e-3)
 
 
 def test_contestants_take_turns():

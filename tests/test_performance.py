@@ -11,7 +11,7 @@ from attnplan.cost import price
 from attnplan.harness import write_rows
 from attnplan.harness.entrants import digest
 from attnplan.search import every_way
-from bench import grid, judge, performance
+from bench import grid, judge, performance, transfer
 from bench.regret import summary as regret_summary
 
 
@@ -26,6 +26,8 @@ def test_the_grids_are_what_was_promised(name):
     families = dict(grid.counts(cases))
     assert all(families.values())
     assert {c.spec.training for c in cases} == {True, False}
+    for first in range(14, 40):  # a run that is cut short has something of every family
+        assert {c.family for c in cases[:first]} == set(families)
     if name == "gpu":
         assert len(cases) >= 120
         assert {64, 128, 256} <= {c.spec.head_dim for c in cases}
@@ -101,12 +103,42 @@ def test_regret_is_against_the_best_of_a_kind(rows):
     slowest = max((w for w in one.ways if w.automatic), key=lambda w: w.seconds)
     assert judge.losses([one], lambda j: fastest) == [0.0]
     assert judge.losses([one], lambda j: slowest) == [slowest.seconds / fastest.seconds - 1]
-    hand = attrs.evolve(fastest, name="by hand: sdpa", sample=None, row={**fastest.row, "seconds": fastest.seconds / 2})
+    row = {**fastest.row, "kind": "peer", "backend": "sdpa", "seconds": fastest.seconds / 2}
+    hand = attrs.evolve(fastest, name="by hand: sdpa", sample=None, row=row)
     beside = attrs.evolve(one, ways=(*one.ways, hand))
     assert judge.losses([beside], lambda j: fastest) == [0.0], "a call by hand is no candidate"
     assert judge.losses([beside], lambda j: fastest, "best") == [1.0]
     assert judge.losses([beside], lambda j: fastest, "best_candidate") == [0.0]
     assert judge.losses([one], lambda j: None) == []
+    (found,) = judge._beaten([beside], lambda j: fastest)
+    assert (found["auto"], found["faster"], found["slower by"]) == (fastest.name, "by hand: sdpa", 1.0)
+    missing = attrs.evolve(hand, name="by hand: fa4", row={**row, "backend": "fa4"})
+    other = attrs.evolve(one, ways=(*one.ways, missing))
+    assert judge.losses([other], lambda j: fastest, "best") == [0.0], "no candidate had that library"
+    assert list(judge._beaten([other], lambda j: fastest)) == []
+
+
+@pytest.mark.slow
+def test_a_model_of_one_device_is_judged_on_another(rows, capsys, monkeypatch, tmp_path):
+    out = tmp_path / "transfer.json"
+    monkeypatch.setattr("sys.argv", ["transfer", "--from", str(rows[0]), "--to", str(rows[0]), "--json", str(out)])
+    transfer.main()
+    found = json.loads(out.read_text())
+    assert found["from"] == found["to"] == "cpu-2core"
+    assert found["regret"]["auto"]["worst"] < 0.05
+    assert found["MAPE"] < 0.15
+
+
+@pytest.mark.slow
+def test_what_ships_for_kin_is_like_it(rows, monkeypatch, tmp_path):
+    monkeypatch.setattr(judge, "SHIPPED", tmp_path)
+    monkeypatch.setattr(judge, "KIN", {"cpu-2core": ("h200",)})
+    judge.ship([rows[0]], ["backward_host"])
+    mine, kin = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("cpu-2core", "h200"))
+    assert mine["numbers"]
+    assert not any(name.endswith("backward_host") for name in mine["numbers"])
+    assert kin["like"] == "cpu-2core"
+    assert "transferred by data sheet" in kin["about"]
 
 
 def test_the_page_is_made_of_rows_and_judgements(rows, judgement, tmp_path, monkeypatch):

@@ -218,7 +218,7 @@ def resolve(device: object = "auto") -> Target:
     known = catalogue()
     if name not in known:
         raise SpecError(f"unknown device {str(device)!r}{did_you_mean(name, [*known, 'auto', 'cpu', 'cuda'])}")
-    return Target(known[name], None, "not here: figures from the data sheet, packages assumed present")
+    return Target(known[name], None, "not here: packages assumed present")
 
 
 @lru_cache(maxsize=1)

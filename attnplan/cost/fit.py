@@ -10,8 +10,9 @@ Marquardt, SIAM J. Appl. Math. 11, 1963; Huber, Ann. Math. Statist. 35, 1964.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import exp, log
+from statistics import median
 
 import attrs
 import numpy as np
@@ -22,17 +23,23 @@ from attnplan.cost.parameters import CALIBRATED, Parameters
 from attnplan.cost.rules import FREE, KernelModel
 from attnplan.spec import AttentionSpec
 
-PULL = 0.12
-"""Weight of a published value beside one measurement."""
+PULLS = {"peak": 1.0, "half": 0.15, "causal": 1.5, "causal_backward": 1.5, "masked": 0.8}
+"""Weights of published values beside one measurement, by the part of their path that says what they are."""
+PULL = 0.5
+"""Weight of the others, which are estimates."""
 NOISE = 0.15
 """Relative errors beyond which a measurement counts less."""
+COMMON_PULL = 0.2
+"""By how much the common factors are pulled towards 1, against what numbers of their own are."""
 HOST_WEIGHT = 0.5
 HOST_SEEN = 0.3
 """Share of a call below which the host's time is not fitted: it slept while the device worked, and wakes slowly."""
 ROUNDS, STEPS = 5, 4
 MOST_STEP = 0.7
 """Largest change of a logarithm in one step."""
-LIMITS = {"quantum": 1.0, "peak": 1.5, "memory": 1.5, "copy": 1.5, "join": 1.5, "gather": 1.5}
+LIMITS = {"exposed": 0.1, "quantum": 1.0, "peak": 1.5} | dict.fromkeys(
+    ("memory", "copy", "join", "own_copy", "own_join", "gather"), 1.5
+)
 """Largest values of some numbers, by the part of their path that says what they are."""
 
 
@@ -49,6 +56,8 @@ class Sample:
     """Seconds of the device alone; None where the host is the device."""
     host: float | None = None
     """Seconds of the host; None where the host is the device."""
+    exposed: float = 0.0
+    """Share of the shorter of the device's and the host's time that :attr:`seconds` holds beside the longer."""
 
     @classmethod
     def of(
@@ -59,26 +68,59 @@ class Sample:
         seconds: float | None,
         alone: float | None = None,
         host: float | None = None,
+        exposed: float = 0.0,
     ) -> Sample:
         """Return a sample of what costs anything."""
         kept = tuple(x for x in loads if x.forward is not FREE or x.backward is not FREE)
-        return cls(kept, spec, kernel, seconds, alone, host)
+        return cls(kept, spec, kernel, seconds, alone, host, exposed)
+
+    def predicted(self, device: Device, table: Parameters) -> tuple[float, float, float]:
+        """Return the seconds that a table predicts: of what was measured, of the device alone, and of the host."""
+        ops, seconds, host = timed(self.loads, self.spec, self.kernel, device, table)
+        alone = sum(op.seconds for op in ops)
+        return seconds + max(0.0, self.exposed - table.exposed) * min(alone, host), alone, host
 
     def errors(self, device: Device, table: Parameters) -> Iterator[tuple[float, float]]:
         """Iterate over (logarithm of predicted over measured, weight)."""
-        ops, seconds, host = timed(self.loads, self.spec, self.kernel, device, table)
+        seconds, alone, host = self.predicted(device, table)
         if self.seconds is not None:
             yield log(seconds / self.seconds), 1.0
         if self.alone is not None:
-            yield log(max(1e-9, sum(op.seconds for op in ops)) / self.alone), 1.0
+            yield log(max(1e-9, alone) / self.alone), 1.0
         if self.host is not None and self.host > HOST_SEEN * (self.seconds or 0.0):
             yield log(host / self.host), HOST_WEIGHT
+
+
+HIDDEN = 0.5
+"""Share of a call below which the host's time is hidden by the device's."""
+
+
+def alone(seconds: float, device: Sequence[float], host: float) -> float | None:
+    """Return the seconds of the device alone; None where the host may have kept it waiting.
+
+    Parameters
+    ----------
+    seconds, host
+        Of a call, back to back with others.
+    device
+        Times of the device that hold no time of the host, where they were taken.
+
+    Examples
+    --------
+    >>> alone(2e-3, [1e-3, 1.1e-3, 1.2e-3], 1.9e-3), alone(9e-3, [], 1e-3), alone(9e-3, [], 8e-3)
+    (0.0011, 0.009, None)
+    """
+    if device:
+        return min(median(device), seconds)
+    return seconds if host < HIDDEN * seconds else None
 
 
 def fitted(samples: Sequence[Sample], device: Device, start: Parameters) -> tuple[Parameters, dict[str, float]]:
     """Return a table fitted to samples, and the numbers that changed.
 
-    Numbers of one kernel are fitted to its own samples, those that all share to all, by turns.
+    First what all kernels have in common is found: by which factors rates, the host's times and the shares of the
+    bandwidth differ from the published ones. Then numbers of one kernel are fitted to its own samples, those that all
+    share to all, by turns, pulled towards the published ones times these factors.
 
     Parameters
     ----------
@@ -89,34 +131,68 @@ def fitted(samples: Sequence[Sample], device: Device, start: Parameters) -> tupl
     start
         The published numbers, towards which the fit is pulled.
     """
-    origin = start.numbers()
-    table = start
+    published = start.numbers()
+    table = _together(samples, device, start)
+    origin = table.numbers()
     by_kernel: dict[str, list[Sample]] = {}
     for sample in samples:
         by_kernel.setdefault(sample.kernel.key, []).append(sample)
     for _ in range(ROUNDS):
         for key, own in by_kernel.items():
-            names = [n for n in origin if n.startswith(f"kernels/{key}/")]
+            names = [(n,) for n in origin if n.startswith(f"kernels/{key}/")]
             table = _stepped(names, own, device, table, origin)
-        shared = [n for n in origin if not n.startswith("kernels/")]
+        shared = [(n,) for n in origin if not n.startswith("kernels/")]
         table = _stepped(shared, samples, device, table, origin)
-    numbers = {n: float(f"{x:.5g}") for n, x in table.numbers().items() if abs(log(x / origin[n])) > 1e-4}
+    numbers = {n: float(f"{x:.5g}") for n, x in table.numbers().items() if abs(log(x / published[n])) > 1e-4}
     return start.replaced(numbers, CALIBRATED), numbers
 
 
+COMMON = (
+    frozenset({"peak"}),
+    frozenset({"host", "backward_host", "call", "backward_call", "operator", "fused"}),
+    frozenset({"memory", "copy", "join", "own_copy", "own_join", "gather"}),
+)
+"""Numbers that a machine may have by one factor larger or smaller than published: rates, the host, the memory."""
+
+
+def _together(samples: Sequence[Sample], device: Device, table: Parameters) -> Parameters:
+    """Return a table whose numbers are moved by what all samples have in common: little is known of each kernel."""
+    origin = table.numbers()
+    groups = [tuple(n for n in origin if parts & set(n.split("/"))) for parts in COMMON]
+    return _stepped(groups, samples, device, table, origin, COMMON_PULL)
+
+
+def _pull(name: str) -> float:
+    return next((PULLS[part] for part in name.split("/") if part in PULLS), PULL)
+
+
+Groups = Sequence[tuple[str, ...]]
+"""Names of the numbers that one step moves by one factor."""
+
+
 def _stepped(
-    names: Sequence[str], samples: Sequence[Sample], device: Device, table: Parameters, origin: Mapping[str, float]
+    groups: Groups,
+    samples: Sequence[Sample],
+    device: Device,
+    table: Parameters,
+    origin: Mapping[str, float],
+    pull: float = 1.0,
 ) -> Parameters:
-    if not names or not samples:
+    """Return a table after some steps of Gauss and Newton, damped as Levenberg and Marquardt do."""
+    if not groups or not samples:
         return table
     damping = 1e-3
-    errors, loss = _loss(names, samples, device, table, origin)
+
+    def loss_of(tried: Parameters) -> tuple[np.ndarray, float]:
+        return _loss(groups, samples, device, tried, origin, pull)
+
+    errors, loss = loss_of(table)
     for _ in range(STEPS):
-        slope = _jacobian(names, samples, device, table, origin, errors)
+        slope = _jacobian(groups, table, errors, loss_of)
         normal, gradient = slope.T @ slope, slope.T @ errors
         step = -np.linalg.solve(normal + damping * np.diag(np.diag(normal) + 1e-9), gradient)
-        tried = _moved(table, names, np.clip(step, -MOST_STEP, MOST_STEP))
-        new_errors, new_loss = _loss(names, samples, device, tried, origin)
+        tried = _moved(table, groups, np.clip(step, -MOST_STEP, MOST_STEP))
+        new_errors, new_loss = loss_of(tried)
         if new_loss < loss:
             table, errors, loss, damping = tried, new_errors, new_loss, damping / 4
         else:
@@ -125,39 +201,40 @@ def _stepped(
 
 
 def _loss(
-    names: Sequence[str], samples: Sequence[Sample], device: Device, table: Parameters, origin: Mapping[str, float]
+    groups: Groups,
+    samples: Sequence[Sample],
+    device: Device,
+    table: Parameters,
+    origin: Mapping[str, float],
+    pull: float,
 ) -> tuple[np.ndarray, float]:
     found = [(e, w) for sample in samples for e, w in sample.errors(device, table)]
     raw = np.array([e for e, _ in found])
     weights = np.array([w for _, w in found]) * np.sqrt(NOISE / np.maximum(np.abs(raw), NOISE))
     numbers = table.numbers()
-    pull = np.array([PULL * log(numbers[n] / origin[n]) for n in names])
-    errors = np.concatenate([raw * weights, pull])
+    pulled = np.array([pull * _pull(g[0]) * log(numbers[g[0]] / origin[g[0]]) for g in groups])
+    errors = np.concatenate([raw * weights, pulled])
     return errors, float(errors @ errors)
 
 
 def _jacobian(
-    names: Sequence[str],
-    samples: Sequence[Sample],
-    device: Device,
+    groups: Groups,
     table: Parameters,
-    origin: Mapping[str, float],
     errors: np.ndarray,
+    loss_of: Callable[[Parameters], tuple[np.ndarray, float]],
 ) -> np.ndarray:
     small = 0.02
-    columns = [
-        (_loss(names, samples, device, _moved(table, [name], np.array([small])), origin)[0] - errors) / small
-        for name in names
-    ]
-    if any(len(c) != len(errors) for c in columns):  # a pull has one entry for each name, moved or not
+    columns = [(loss_of(_moved(table, [group], np.array([small])))[0] - errors) / small for group in groups]
+    if any(len(c) != len(errors) for c in columns):  # a pull has one entry for each group, moved or not
         raise AssertionError("as many errors for every number")
     return np.stack(columns, axis=1)
 
 
-def _moved(table: Parameters, names: Sequence[str], step: np.ndarray) -> Parameters:
+def _moved(table: Parameters, groups: Groups, step: np.ndarray) -> Parameters:
     numbers = table.numbers()
     changed = {}
-    for name, by in zip(names, step, strict=True):
-        limit = min((most for part, most in LIMITS.items() if part in name.split("/")), default=float("inf"))
-        changed[name] = min(limit, numbers[name] * exp(float(by)))
+    for group, by in zip(groups, step, strict=True):
+        for name in group:
+            limit = min((most for part, most in LIMITS.items() if part in name.split("/")), default=float("inf"))
+            changed[name] = min(limit, numbers[name] * exp(float(by)))
     return table.replaced(changed, table.basis, table.note)

@@ -31,6 +31,7 @@ from attnplan.cost.rules import (
     attend_work,
     backward_cost,
     forward_cost,
+    launched_rows,
 )
 from attnplan.ir import Attend, Graph, Node
 from attnplan.ir.slots import slot_condition
@@ -106,10 +107,7 @@ def price(
         What is known about kernels; the default is what publications say.
     """
     table = defaults(device.kind) if parameters is None else parameters
-    same = attrs.evolve(kernel, key="", efficiency=1.0)
-    if _is_plain(graph):
-        same = attrs.evolve(same, native=frozenset(), masks=True)
-    found_loads, memory = demands(graph, spec, same, device.kind)
+    found_loads, memory = demands(graph, spec, _alike(kernel, plain=_is_plain(graph)), device.kind)
     ops, seconds, host = timed(found_loads, spec, kernel, device, table)
     found = Prediction(seconds, memory.total, ops, host, table.basis, table.note, memory)
     if is_piecewise(graph):
@@ -117,6 +115,18 @@ def price(
         seconds, host = piecewise_seconds(graph, spec, device, each)
         found = attrs.evolve(found, seconds=seconds, host=host)
     return found
+
+
+@lru_cache(maxsize=256)
+def _alike(kernel: KernelModel, *, plain: bool) -> KernelModel:
+    """Return what stands for all kernels that ask the same of a device, of a plain graph or of any."""
+    same = attrs.evolve(kernel, key="", efficiency=1.0)
+    return attrs.evolve(same, native=frozenset(), masks=True) if plain else same
+
+
+@lru_cache(maxsize=4096)
+def _free(node: int) -> OpCost:
+    return OpCost(node, FREE, 0.0, "launch", 0.0)
 
 
 @lru_cache(maxsize=256)
@@ -140,13 +150,16 @@ def demands(graph: Graph, spec: AttentionSpec, kernel: KernelModel, kind: str) -
 
 def loads(setting: Setting) -> tuple[Load, ...]:
     """Return what each node of a graph asks of a device."""
-    return tuple(_load(node, setting) for node in setting.graph)
+    rows = launched_rows(setting)
+    return tuple(_load(node, setting, rows.get(node.id, 0.0)) for node in setting.graph)
 
 
-def _load(node: Node, setting: Setting) -> Load:
+def _load(node: Node, setting: Setting, rows: float) -> Load:
     backward = backward_cost(node, setting) if setting.spec.training else FREE
     fused = isinstance(node.op, Attend) and not setting.kernel.materialises
     work = attend_work(node, setting) if fused else None
+    if work is not None and rows:
+        work = attrs.evolve(work, launch=rows)
     own = getattr(node.op, "pull", False) or node.id in setting.gathered
     return Load(node.id, node.op.name, forward_cost(node, setting), backward, work, node.id in setting.together, own)
 
@@ -175,7 +188,7 @@ class _Clock:
 
     def op(self, load: Load) -> OpCost:
         if load.forward is FREE and load.backward is FREE:
-            return OpCost(load.node, FREE, 0.0, "launch", 0.0)
+            return _free(load.node)
         cost = load.forward + load.backward
         forward = self._device(load, load.forward, self.kernel.forward, self.kernel.causal, 1.0)
         host = self._host(load, load.forward, self.kernel.host)
@@ -211,7 +224,10 @@ class _Clock:
             busy, compute = self._makespan(load.work, curve, causal, factor)
             memory = cost.bytes / (bandwidth * table.memory * busy)
             return max(compute, exps), memory, start + copied
-        share = table.copy if load.kind in ("take", "input") else table.join
+        if load.kind in ("take", "input"):
+            share = table.own_copy if load.own else table.copy
+        else:
+            share = table.own_join if load.own else table.join
         return exps, cost.bytes / (bandwidth * share), start + copied
 
     def _makespan(self, work: Work, curve: Curve, causal: float, factor: float) -> tuple[float, float]:
@@ -230,10 +246,11 @@ class _Clock:
         if self.kernel.splits and blocks < units and work.keys > SPLIT:
             pieces = min(units // blocks, ceil(work.keys / SPLIT))
             blocks, mean, longest = blocks * pieces, (work.keys / pieces + half) * each, longest / pieces
-        load = blocks / units
+        own = min(1.0, work.blocks * work.rows / work.launch) if work.launch else 1.0  # its share of the launch
+        load = blocks / own / units
         if work.even:
             waited = self.table.quantum * (ceil(load) - load)  # of the last wave
-            seconds = mean * max(1.0, load + waited)
+            seconds = own * mean * max(1.0, load + waited)
         else:
-            seconds = max(longest, mean * load + 0.5 * self.table.quantum * mean)
+            seconds = own * max(longest, mean * load + 0.5 * self.table.quantum * mean)
         return min(1.0, load), seconds

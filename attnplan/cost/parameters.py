@@ -95,6 +95,10 @@ class Parameters:
     """... that strided copies reach."""
     join: float
     """... that merges of parts reach."""
+    own_copy: float
+    """... that kernels of our own which gather rows reach."""
+    own_join: float
+    """... that kernels of our own which join parts reach."""
     gather: float
     """... that gathers of tiles reach."""
     quantum: float

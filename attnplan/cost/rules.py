@@ -7,6 +7,7 @@ from math import prod
 
 import attrs
 
+from attnplan.cost.joins import rows_there
 from attnplan.cost.tiles import DOCUMENTS, attend_tiles
 from attnplan.errors import PassError
 from attnplan.ir import Attend, Graph, Input, Merge, Mix, Node, Op, Output, Receive, RowMap, Take
@@ -73,6 +74,8 @@ class KernelModel:
     """Whether it skips the tiles without a pair by itself, whatever says which pairs meet."""
     key: str = ""
     """Its name in the table of :mod:`attnplan.cost.parameters`; a kernel without one runs at :attr:`efficiency`."""
+    writes_into: bool = False
+    """Whether it writes its results to where it is told, in whatever strides."""
     partials: int = 1
     """Pieces into which it cuts the keys of every row, each with a partial result in memory."""
 
@@ -95,6 +98,8 @@ class Work:
     """Floating-point operations of the launch, forward."""
     masked: bool = False
     """Whether a mask in memory, or a table of tiles, says which pairs meet."""
+    launch: float = 0.0
+    """Query rows, of all heads and batch elements, of the launch that this is part of; 0 if it is one by itself."""
 
     @property
     def even(self) -> bool:
@@ -199,6 +204,15 @@ def _together(graph: Graph) -> frozenset[int]:
         found.update(n.id for n in nodes[1:])
         found.update([a for n in nodes for a in n.args][1:])
     return frozenset(found)
+
+
+def launched_rows(setting: Setting) -> dict[int, float]:
+    """Return the query rows, of all heads and batch elements, of the launch that each attend of several is part of."""
+    found: dict[int, float] = {}
+    for nodes in launches(setting.graph).values():
+        rows = sum(prod(setting.graph[n.args[0]].type.rows.sizes) for n in nodes) * setting.batch
+        found.update((n.id, float(rows)) for n in nodes)
+    return found
 
 
 def _gathered(graph: Graph) -> frozenset[int]:
@@ -353,7 +367,7 @@ def _launches_of_tiles(rows: int, kept: float, heads: int, tile: tuple[int, int]
 def _join(node: Node, setting: Setting) -> Cost:
     """Price a merge: each part is read once and added to the accumulators, which start at zero and end as output.
 
-    A merge that pulls reads each part once, and writes each output row once.
+    A merge that pulls reads each part once, and writes each output row once; not those that are there already.
     """
     op = node.op
     assert isinstance(op, Merge | Mix)
@@ -361,7 +375,9 @@ def _join(node: Node, setting: Setting) -> Cost:
     read = sum(value_bytes(part, setting) for part in parts)
     elements = [part.type.rows.elements_count * setting.batch for part in parts]
     if op.pull:
-        return Cost(exps=2.0 * sum(elements), bytes=read + value_bytes(node, setting), launches=1)
+        per_row = setting.batch * node.type.features * setting.item
+        kept = 2.0 * rows_there(setting.graph, node, 0, writes_into=setting.kernel.writes_into) * per_row
+        return Cost(exps=2.0 * sum(elements), bytes=read + value_bytes(node, setting) - kept, launches=1)
     rows = node.type.rows.elements_count * setting.batch
     if disjoint([part.type.rows for part in parts]):  # copied to their places, with no weights
         moved = 2 * value_bytes(node, setting) + 2.0 * read
@@ -423,5 +439,8 @@ def backward_cost(node: Node, setting: Setting) -> Cost:
         taken = [graph[a] for part in graph.args(node) for a in part.args]
         moved = sum(value_bytes(n, setting) for n in taken)
         whole = sum(value_bytes(n, setting) for n in graph if isinstance(n.op, Input))
-        return Cost(bytes=2.0 * moved + whole, launches=3)
+        there = [rows_there(graph, node, i, writes_into=setting.kernel.writes_into) for i in range(3)]
+        per_row = [graph.inputs[t].type.features * setting.batch * setting.item for t in "qkv"]
+        kept = 2.0 * sum(n * size for n, size in zip(there, per_row, strict=True))
+        return Cost(bytes=2.0 * moved + whole - kept, launches=3)
     return FREE

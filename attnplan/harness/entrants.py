@@ -333,4 +333,5 @@ def _measured(times: Times) -> Row:
         "host": times.host,
         "device": [float(f"{x:.4g}") for x in times.device],
         "burst": times.burst,
+        "led": True,
     }

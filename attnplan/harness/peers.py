@@ -20,12 +20,13 @@ from attnplan.patterns.bands import Band, Full
 from attnplan.patterns.base import conjuncts
 from attnplan.patterns.counts import Table
 from attnplan.runtime.compiling import PerShape
+from attnplan.runtime.conditions import condition
 from attnplan.runtime.masks import runtime_tables
 from attnplan.spec import AttentionSpec
 
 MASK_ELEMENTS = {"cuda": 1 << 30, "cpu": 1 << 26}
 """Largest dense mask that ``sdpa`` gets."""
-BLOCK_MASK_ELEMENTS = 1 << 28
+BLOCK_MASK_ELEMENTS = {"cuda": 1 << 29, "cpu": 1 << 26}
 """Largest dense mask from which ``flex`` makes its block mask."""
 Run = Callable[..., Tensor]
 
@@ -162,32 +163,67 @@ def _cudnn(spec: AttentionSpec, device: str) -> Run | None:
 
 
 def _flex(spec: AttentionSpec, device: str) -> Run | None:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    if len(spec.branches) != 1 or spec.operands or spec.softcap is not None or spec.dropout:
+    mixed = len(spec.branches) > 1
+    if spec.softcap is not None or spec.dropout or spec.q_offset or (mixed and spec.rule != "lse"):
         return None
     shape = spec.shape
-    where = spec.branches[0]
-    per_head = any(where.head_key(h) != where.head_key(0) for h in range(spec.heads))
+    per_head = any(where.head_key(h) != where.head_key(0) for where in spec.branches for h in range(spec.heads))
     heads = spec.heads if per_head else None
-    if (heads or 1) * shape.seq_len * shape.kv_len > BLOCK_MASK_ELEMENTS or where.tables(shape):
+    if (heads or 1) * shape.seq_len * shape.kv_len > BLOCK_MASK_ELEMENTS[torch.device(device).type]:
         return None
+    return _swapped(spec, _FlexByHand(spec, heads, device))
 
-    def mask(b: Tensor, h: Tensor, q_row: Tensor, k_row: Tensor) -> Tensor:
-        found: Tensor = where.pairs({}, h, q_row + shape.shift, k_row)
+
+class _FlexByHand:
+    """FlexAttention with a block mask that torch makes, kept for the same boundaries where these arrive with a call."""
+
+    def __init__(self, spec: AttentionSpec, heads: int | None, device: str) -> None:
+        self.spec, self.heads, self.device = spec, heads, device
+        self.batch = spec.batch if spec.operands else None
+        self.compiled = PerShape(_flex_call, "flex by hand")
+        self.kept: dict[tuple[int, ...], tuple[Any, Any]] = {}
+        if not spec.operands:
+            self.kept[()] = self._blocks({})
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **operands: Tensor) -> Tensor:
+        key = tuple(map(id, operands.values()))
+        if key not in self.kept:
+            self.kept[key] = self._blocks(operands)
+        grouped = self.spec.heads != self.spec.kv_heads
+        found: Tensor = self.compiled((), q, k, v, *self.kept[key], self.spec.softmax_scale, grouped)
         return found
 
-    whole = isinstance(where, Full)
-    blocks = None if whole else create_block_mask(mask, None, heads, shape.seq_len, shape.kv_len, device=device)
-    compiled = PerShape(_flex_call, "flex by hand")
-    grouped = spec.heads != spec.kv_heads
-    return _swapped(spec, lambda q, k, v: compiled((), q, k, v, blocks, spec.softmax_scale, grouped))
+    def _blocks(self, operands: Mapping[str, Tensor]) -> tuple[Any, Any]:
+        """Return the block mask, and for mixtures the function that weighs a pair by the branches that see it."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        shape, branches = self.spec.shape, self.spec.branches
+        if len(branches) == 1 and isinstance(branches[0], Full):
+            return None, None
+        made = [condition(where, shape, shape.shift) for where in branches]
+        given = [x.captures(operands, self.spec.batch, shape.kv_len, torch.device(self.device)) for x in made]
+
+        def seen(b: Tensor, h: Tensor, q_row: Tensor, k_row: Tensor) -> list[Tensor]:
+            return [x.module.forward(b, h, q_row, k_row, *rest) for x, rest in zip(made, given, strict=True)]
+
+        def mask(b: Tensor, h: Tensor, q_row: Tensor, k_row: Tensor) -> Tensor:
+            first, *others = seen(b, h, q_row, k_row)
+            for other in others:
+                first = first | other
+            return first
+
+        def weighed(score: Tensor, b: Tensor, h: Tensor, q_row: Tensor, k_row: Tensor) -> Tensor:
+            first, *others = (x.float() for x in seen(b, h, q_row, k_row))
+            return score + torch.log(sum(others, first))
+
+        blocks = create_block_mask(mask, self.batch, self.heads, shape.seq_len, shape.kv_len, device=self.device)
+        return blocks, weighed if len(branches) > 1 else None
 
 
-def _flex_call(q: Tensor, k: Tensor, v: Tensor, blocks: Any, scale: float, grouped: bool) -> Any:
+def _flex_call(q: Tensor, k: Tensor, v: Tensor, blocks: Any, weighed: Any, scale: float, grouped: bool) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return flex_attention(q, k, v, block_mask=blocks, scale=scale, enable_gqa=grouped)
+    return flex_attention(q, k, v, score_mod=weighed, block_mask=blocks, scale=scale, enable_gqa=grouped)
 
 
 def _fa4(spec: AttentionSpec, device: str) -> Run | None:

@@ -1,8 +1,9 @@
 """Clocks: what a call takes, on the device and on the host, the contestants taking turns.
 
 A call is timed in bursts: back to back, as a model makes calls, so that a burst takes the longer of what the device
-needs and what the host needs to start it. ``device`` times start behind a kernel that idles while the host queues the
-calls, and hold no host time.
+needs and what the host needs to start it. One more call goes before each burst, untimed, so that the device is busy
+when the clock starts: without it, every burst would hold the host's time for one call beside the device's. ``device``
+times start behind a kernel that idles while the host queues the calls, and hold no host time.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ _BURST = 1e-3
 """Seconds that a burst should last at least, so that the clocks' own resolution does not matter."""
 _MOST = 20
 _CYCLES_PER_SECOND = 2e9
+_LONG = 2e-2
+"""Calls that take longer are not led by another: the host's time for one is nothing beside theirs."""
 _HOST_BOUND = 2e-3
 """Calls that take longer are not timed behind an idle kernel: the host is long done."""
 
@@ -69,8 +72,8 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def once(call: Call, on_gpu: bool, count: int = 1) -> tuple[float, float]:
-    """Return (seconds per call, host seconds per call) of one burst."""
+def once(call: Call, on_gpu: bool, count: int = 1, *, led: bool = False) -> tuple[float, float]:
+    """Return (seconds per call, host seconds per call) of one burst, on a GPU behind one more call if ``led``."""
     if not on_gpu:
         start = time.perf_counter()
         for _ in range(count):
@@ -79,6 +82,8 @@ def once(call: Call, on_gpu: bool, count: int = 1) -> tuple[float, float]:
         return seconds, seconds
     first, last = _event(), _event()
     torch.cuda.synchronize()
+    if led:
+        call()
     first.record()
     start = time.perf_counter()
     for _ in range(count):
@@ -121,20 +126,21 @@ def race(calls: Mapping[str, Call], on_gpu: bool, plenty: Plenty | None = None) 
     (['nothing', 'sum'], 8)
     """
     plenty = plenty or Plenty()
-    counts, rounds = dict[str, int](), dict[str, int]()
+    counts, rounds, led = dict[str, int](), dict[str, int](), dict[str, bool]()
     taken, hosts = dict[str, list[float]](), dict[str, list[float]]()
     for name, call in calls.items():
         for _ in range(plenty.warm_ups - 1):
             call()
         first, host = once(call, on_gpu)
         counts[name] = max(1, min(_MOST, round(_BURST / max(first, 1e-7))))
-        wanted = int(plenty.seconds / max(first * counts[name], 1e-7))
+        led[name] = first < _LONG
+        wanted = int(plenty.seconds / max(first * (counts[name] + (on_gpu and led[name])), 1e-7))
         rounds[name] = 1 if first > plenty.slow else max(plenty.least, min(plenty.rounds, wanted))
         taken[name], hosts[name] = [], [host] if first > plenty.slow else []
     for turn in range(max(rounds.values(), default=0)):
         for name, call in calls.items():
             if turn < rounds[name]:
-                seconds, host = once(call, on_gpu, counts[name])
+                seconds, host = once(call, on_gpu, counts[name], led=led[name])
                 taken[name].append(seconds)
                 hosts[name].append(host)
     found = {}

@@ -1,0 +1,133 @@
+"""Measures one spec of a grid: every candidate that accepts it and the calls by hand, checked, then in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+
+from attnplan.backends.base import import_failure
+from attnplan.cost import Target
+from attnplan.cost.rules import ITEM_BYTES
+from attnplan.harness.entrants import Asked, Contestant, contest, contestants
+from attnplan.harness.peers import contestants_by_hand
+from attnplan.runtime.clock import Plenty
+from attnplan.search import lowerings_clear
+from bench.grid import Case
+
+FLEX_COST = 15.0
+"""Seconds that a FlexAttention plan may take to compile, at worst: none is started with less time left."""
+PREPARATION, RACE = "its preparation", "the race"
+PHASES = (PREPARATION, RACE)
+"""What may hang that is no contestant; the spec is left out then."""
+MASKS = 8 << 30
+"""Bytes that a dense mask, or the one from which FlexAttention's is made, may need for a moment on a GPU."""
+Row = dict[str, Any]
+
+
+@attrs.frozen
+class Rules:
+    """What is the same for all specs of a run."""
+
+    target: Target
+    gpu: bool
+    """Whether it is the grid for a GPU: more candidates, and FlexAttention."""
+    backends: frozenset[str] = frozenset()
+    peers: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, target: Target, backends: str, peers: str, *, gpu: bool) -> Rules:
+        """Return the rules for lists separated by commas; a call by hand whose library is missing is none."""
+        asked = frozenset(filter(None, peers.split(",")))
+        if "fa4" in asked and import_failure("flash_attn.cute.interface") is not None:
+            asked -= {"fa4"}
+        return cls(target, gpu, frozenset(filter(None, backends.split(","))), asked)
+
+
+@attrs.frozen
+class Job:
+    """One spec, and what an earlier run says about it."""
+
+    case: Case
+    left: float
+    """Seconds until the run has to end."""
+    broken: frozenset[str] = frozenset()
+    """Contestants that ended an earlier process."""
+    known: Mapping[str, str] = attrs.field(factory=dict)
+    """Digests of graphs by the names of candidates that were measured earlier."""
+    alone: bool = False
+    """Whether nothing else runs on the device meanwhile."""
+
+
+Gate = Callable[[str, int], None]
+"""Called with the name of what comes next, and the bytes it may need; returns when it may start."""
+
+
+def measure(job: Job, rules: Rules, gate: Gate = lambda name, size: None) -> list[Row] | None:
+    """Return the rows of a spec; None if everything that would be measured is known already.
+
+    Parameters
+    ----------
+    job, rules
+        What to measure.
+    gate
+        Called with :data:`PREPARATION` before anything runs on the device, with each contestant's name before its
+        first call, and with :data:`RACE` before contestants take turns.
+
+    Raises
+    ------
+    PoisonedError
+        If the process has to start again.
+    """
+    case = job.case
+    facts = {"spec": case.name, "family": case.family, "mode": "training" if case.spec.training else "forward"}
+    asked = _asked(job, rules, gate)
+    start = time.perf_counter()
+    entrants, rows = contestants(case.spec, rules.target, asked)
+    if job.known and all(job.known.get(e.name) == e.facts["graph"] for e in entrants):
+        return None
+    refused = sum("refused" in r for r in rows)
+    rows.append({"planning": time.perf_counter() - start, "refused_candidates": refused})
+    gate(PREPARATION, _bytes(job, entrants, rules))
+    hand, others = contestants_by_hand(case.spec, str(rules.target.torch_device), _hands(job, rules))
+    lowerings_clear()
+    taking_part = [e for e in (*entrants, *hand) if e.name not in job.broken]
+    rows += others
+    rows += list(contest(case.spec, rules.target, taking_part, asked, case.operands))
+    return [{**facts, **row} for row in rows if "refused" not in row]
+
+
+def _asked(job: Job, rules: Rules, gate: Gate) -> Asked:
+    without = {("reference", "float64")}
+    if not rules.gpu or not job.case.flex or job.left < FLEX_COST:
+        without |= {("compiled", "flex"), ("compiled", "inductor")}
+    on_cpu = Plenty(warm_ups=1, rounds=6, seconds=0.3, slow=0.7)
+    plenty = Plenty(rounds=8, seconds=0.05) if rules.gpu else on_cpu
+    return Asked(
+        plenty=plenty,
+        backends=rules.backends,
+        without=frozenset(without),
+        memory=int(rules.target.device.memory * 0.4),
+        hopeless=12.0 if rules.gpu else 8.0,
+        until=time.monotonic() + job.left,
+        watch=lambda name: gate(name, 0),
+    )
+
+
+def _hands(job: Job, rules: Rules) -> frozenset[str]:
+    """Return the calls by hand; FlexAttention only for marked specs, forward: each costs a compilation."""
+    wanted = set(rules.peers)
+    if rules.gpu and (not job.case.flex or job.case.spec.training or job.left < FLEX_COST):
+        wanted.discard("flex")
+    return frozenset(wanted)
+
+
+def _bytes(job: Job, entrants: list[Contestant], rules: Rules) -> int:
+    """Return the bytes that checking a spec may need: its inputs, their copies in float64, and the largest plan."""
+    spec = job.case.spec
+    rows = spec.heads * spec.shape.seq_len + 2 * spec.kv_heads * spec.shape.kv_len
+    inputs = spec.batch * rows * spec.head_dim * (4 * ITEM_BYTES[spec.dtype] + 16 * (1 + spec.training))
+    largest = max((e.facts["predicted_peak"] for e in entrants), default=0)
+    return int(inputs + max(largest, MASKS if _hands(job, rules) & {"sdpa", "flex"} and job.case.sparse else 0))
