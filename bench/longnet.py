@@ -1,24 +1,23 @@
 """LongNet plans beside their own attention kernels, and beside the code that users write. Rows are written as JSON.
 
-    python -m bench.longnet --gpu --json bench/results/longnet-h100.json --budget 150
-    python -m bench.longnet --tiny                          on the CPU: tries the script, measures nothing
+    python -m bench.longnet --gpu --half forward --json bench/results/longnet-forward-h100.json --budget 150
+    python -m bench.longnet --gpu --half training --json bench/results/longnet-training-h100.json --budget 150
+    python -m bench.longnet --gpu --timeline --cases A,gB --json ...    where the time of plans goes, kernel by kernel
+    python -m bench.longnet --json bench/results/longnet-cpu.json       on the CPU, beside eager hand-written code
+    python -m bench.longnet --tiny                                      on the CPU: tries the script, measures nothing
 
-All contestants of a group take turns in one process, five calls a turn; medians of the time between two events.
-``kernels`` is attention alone on rows that lie gathered, one call a branch, or all of equal length in one call.
+All contestants of a case take turns in one process; medians of the time between two events. ``kernels`` is attention
+alone on rows that lie gathered, one call a branch, or all of equal length in one call. The last row, ``targets``, has
+every ratio beside what it should be.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import metadata
-from itertools import pairwise
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +28,38 @@ from torch import Tensor
 from attnplan import AttentionSpec
 from attnplan import compile as compile_spec
 from attnplan import patterns as P
-from attnplan.backends import registry
-from attnplan.cost import Prediction, Target, resolve
+from attnplan.cost import Prediction
 from attnplan.passes import BatchBranches, Canonicalize, FuseMerge, Lattice, Pipeline, PullMerge, SplitHeads, Views
 from attnplan.plan import Plan
 from attnplan.runtime.attend import attend
 from attnplan.search import Candidate, Found, Lowered, _start
-from bench.longnet_peers import Case, eager_longnet, kernels_alone, published, rows_in_float64
-from bench.longnet_table import table
+from bench.longnet_bytes import compulsory, moved
+from bench.longnet_clock import Bench, Call
+from bench.longnet_peers import Case, eager_longnet, flex_longnet, kernels_alone, published, rows_in_float64
+from bench.longnet_table import table, targets
+from bench.longnet_timeline import timeline
 
 A = Case("A", "longnet", 65_536, 12, 64, (2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16))
 B = Case("B", "longnet", 131_072, 16, 128, (4096, 16384, 65536, 131072), (1, 4, 16, 16))
 CASES = [A, B, attrs.evolve(A, name="gA", kind="grouped"), attrs.evolve(B, name="gB", kind="grouped")]
-ON_CPU = [Case("C", "longnet", 8192, 8, 64, (1024, 2048, 4096), (1, 2, 4))]
-ON_CPU.append(attrs.evolve(ON_CPU[0], name="gC", kind="grouped"))
+ON_CPU = [
+    Case("A/8", "longnet", 8192, 12, 64, (256, 512, 1024, 2048, 4096), (1, 2, 4, 8, 16)),
+    Case("B/16", "longnet", 8192, 16, 128, (256, 1024, 4096, 8192), (1, 4, 16, 16)),
+]
+ON_CPU += [attrs.evolve(case, name=f"g{case.name}", kind="grouped") for case in ON_CPU]
 TINY = [
     Case("A", "longnet", 256, 6, 16, (32, 64, 128), (1, 2, 4)),
     Case("gA", "grouped", 256, 6, 16, (32, 64, 128), (1, 2, 4)),
 ]
 _FRONT = (Canonicalize(), SplitHeads(), Lattice())
-_IN_A_ROW = 5  # calls that are started without waiting for one another, as in a model; the first is not counted
-Call = Callable[[], Any]
+_COMPILED = ("A", "B")
+"""Cases whose hand-written code is compiled, too, which takes tens of seconds."""
 
 
 def variants(layout: str, batch: int) -> dict[str, Pipeline]:
     """Return the pipelines that are raced: which rows are views, and which are copied into one launch."""
     batched = BatchBranches(layout, batch)
     return {
-        "eager-merge": Pipeline((*_FRONT, FuseMerge())),
         "views": Pipeline((*_FRONT, Views(layout, batch), FuseMerge(), PullMerge())),
         "batch": Pipeline((*_FRONT, FuseMerge(), PullMerge(), batched)),
         "copied": Pipeline((*_FRONT, FuseMerge(), PullMerge(), attrs.evolve(batched, whole=False))),
@@ -69,131 +72,6 @@ def spec_of(case: Case, dtype: str) -> AttentionSpec:
         seq_len=case.tokens, heads=case.heads, head_dim=case.head_dim, pattern=make([*case.segments], [*case.rates]),
         causal=case.causal, dtype=dtype, layout="bshd",
     )  # fmt: skip
-
-
-class Bench:
-    """What runs, on what, and the rows so far."""
-
-    def __init__(self, path: Path | None, budget: float, kernels: str, *, gpu: bool, rounds: int) -> None:
-        self.kernels = kernels.split(",") if gpu else ["flash-cpu"]
-        self.path, self.end, self.gpu, self.rounds = path, time.monotonic() + budget, gpu, rounds
-        self.target: Target = resolve("cuda" if gpu else "cpu")
-        self.device = torch.device("cuda" if gpu else "cpu")
-        self.dtype = "bfloat16" if gpu else "float32"
-        self.rows: list[dict[str, Any]] = []
-        self.schedules = list(self._schedules())
-
-    def _schedules(self) -> Iterator[tuple[Any, Any]]:
-        for name in ("eager", "flash"):
-            backend = registry().get(name)
-            for schedule in backend.schedules(self.target.device):
-                if schedule.runs in self.kernels and not backend.missing(schedule, self.target):
-                    yield backend, schedule
-
-    @property
-    def left(self) -> float:
-        return self.end - time.monotonic()
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Add a row, and write all of them."""
-        self.rows.append(row)
-        print(json.dumps(row), flush=True)
-        if self.path is not None:
-            here = {"device": torch.cuda.get_device_name() if self.gpu else platform.processor(), "rows": self.rows}
-            names = ("torch", "triton", "flash-attn-4", "xformers", "dilated-attention-pytorch")
-            self.path.write_text(json.dumps({**here, "versions": {n: _version(n) for n in names}}, indent=1) + "\n")
-
-    def race(self, where: dict[str, Any], contestants: dict[str, Callable[[], Call]]) -> None:
-        """Warm contestants up, time them in turns, and write a row for each, failures too."""
-        ready: dict[str, tuple[Call, dict[str, Any]]] = {}
-        for name, make in contestants.items():
-            if self.left < 0:
-                self.write({**where, "name": name, "failed": "no time left"})
-                continue
-            try:
-                run = make()
-                start = time.perf_counter()
-                run()
-                self._wait()
-                extra = {"first_call_s": round(time.perf_counter() - start, 2), **self._peak(run)}
-                run()
-                ready[name] = run, extra | (self._replayed(run) if not where.get("backward") else {})
-            except Exception as error:  # one failing row must not lose the others
-                traceback.print_exc()
-                self.write({**where, "name": name, "failed": f"{type(error).__name__}: {error}"[:300]})
-        device: dict[str, list[float]] = {name: [] for name in ready}
-        host: dict[str, list[float]] = {name: [] for name in ready}
-        for _ in range(self.rounds):
-            for name, (run, _) in ready.items():
-                seconds, busy = self._once(run)
-                device[name].append(seconds)
-                host[name].append(busy)
-        for name, (_, extra) in ready.items():
-            times = sorted(device[name])
-            row = {"ms": round(statistics.median(times) * 1e3, 4), "fastest_ms": round(times[0] * 1e3, 4)}
-            self.write(
-                {**where, "name": name, **row, "host_ms": round(statistics.median(host[name]) * 1e3, 4), **extra}
-            )
-
-    def _wait(self) -> None:
-        if self.gpu:
-            torch.cuda.synchronize()
-
-    def _peak(self, run: Call) -> dict[str, Any]:
-        if not self.gpu:
-            return {}
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        kept = run()
-        torch.cuda.synchronize()
-        del kept
-        return {"peak_mib": round((torch.cuda.max_memory_allocated() - before) / 2**20)}
-
-    def _replayed(self, run: Call) -> dict[str, Any]:
-        """Return the time of a call replayed from a CUDA graph: what the device needs, whatever the host does."""
-        if not self.gpu:
-            return {}
-        try:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                kept = run()
-            times = sorted(self._once(graph.replay)[0] for _ in range(5))
-            del kept
-        except Exception as error:  # what cannot be captured has no such time
-            torch.cuda.synchronize()
-            return {"graph_failed": f"{type(error).__name__}: {error}"[:200]}
-        return {"graph_ms": round(times[2] * 1e3, 4)}
-
-    def _once(self, run: Call) -> tuple[float, float]:
-        if not self.gpu:
-            start = time.perf_counter()
-            run()
-            return (time.perf_counter() - start,) * 2
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(_IN_A_ROW + 1)]
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for mark in marks[:-1]:
-            mark.record()
-            run()
-        host = (time.perf_counter() - start) / _IN_A_ROW
-        marks[-1].record()
-        torch.cuda.synchronize()
-        times = sorted(a.elapsed_time(b) for a, b in pairwise(marks[1:]))
-        return times[len(times) // 2] / 1e3, host
-
-    def tensors(self, case: Case, count: int = 3) -> list[Tensor]:
-        """Return q, k, v, ... ``[1, S, H, D]``."""
-        torch.manual_seed(0)
-        sizes = (1, case.tokens, case.heads, case.head_dim)
-        return [torch.randn(sizes, device=self.device, dtype=getattr(torch, self.dtype)) for _ in range(count)]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 # --------------------------------------------------------------------------------------------------------- contestants
@@ -227,76 +105,94 @@ def training_of(function: Callable[..., Tensor], tensors: list[Tensor]) -> Call:
 
 
 def contest(bench: Bench, case: Case, *, backward: bool) -> dict[str, Callable[[], Call]]:
-    """Return the contestants of a case: plans of each variant and kernel, and the kernels alone."""
+    """Return the contestants of a case: kernels alone, plans of each variant and kernel, what the planner chooses.
+
+    On a CPU the variants, which are there for GPUs, do not run.
+    """
+    names = () if case in (*ON_CPU, *(attrs.evolve(c, causal=True) for c in ON_CPU)) else tuple(variants("bshd", 1))
     made: dict[str, Callable[[], Call]] = {}
     tensors = bench.tensors(case, 4)
     for backend, schedule in bench.schedules:
-        name = schedule.runs
+        runs = schedule.runs
         for batched in (False, True):
-            label = f"kernels {name}{' batched' if batched else ''}"
-            made[label] = partial(
-                kernels_alone, case, name, bench.device, bench.dtype, batched=batched, backward=backward
-            )
-        for variant in variants("bshd", 1):
-            if variant == "eager-merge" and (backward or name == "fa4"):
-                continue
+            alone = (kernels_alone, case, runs, bench.device, bench.dtype)
+            made[f"kernels {runs}{' batched' if batched else ''}"] = partial(*alone, batched=batched, backward=backward)
+        for variant in names:
 
             def make(variant: str = variant, backend: Any = backend, schedule: Any = schedule) -> Call:
                 plan = plan_of(bench, case, variant, backend, schedule)
                 return training_of(plan, tensors) if backward else forward_of(plan, tensors)
 
-            made[f"plan {variant} {name}"] = make
+            made[f"plan {variant} {runs}"] = make
     made["plan auto"] = partial(automatic, bench, case, tensors, backward=backward)
     return made
 
 
 def automatic(bench: Bench, case: Case, tensors: list[Tensor], *, backward: bool) -> Call:
-    """Return the plan that the planner chooses."""
+    """Return the plan that the planner chooses; write which it is, and its bytes beside those that nothing avoids."""
     spec = attrs.evolve(spec_of(case, bench.dtype), training=backward)
     plan = compile_spec(spec, device="cuda" if bench.gpu else "cpu")
-    chosen = f"{plan.strategy} > {plan.backend} ({plan.schedule})"
-    bench.write(
-        {"case": case.name, "causal": case.causal, "auto": chosen, "predicted_ms": plan.predicted.seconds * 1e3}
-    )
+    item = tensors[0].element_size()
+    row = {
+        "auto": f"{plan.strategy} > {plan.backend} ({plan.schedule})",
+        "predicted_ms": round(plan.predicted.seconds * 1e3, 4),
+        "predicted_mib": round(sum(op.cost.bytes for op in plan.predicted.ops) / 2**20),
+    }
+    runs = next((s.runs for b, s in bench.schedules if (b.name, s.name) == (plan.backend, plan.schedule)), "")
+    count = None if backward else moved(plan.graph, runs, item)
+    if count is not None:
+        row |= {"moved_mib": round(count / 2**20), "compulsory_mib": round(compulsory(plan.graph, item) / 2**20)}
+    bench.write({"case": case.name, "causal": case.causal, "backward": backward, **row})
     return training_of(plan, tensors) if backward else forward_of(plan, tensors)
 
 
 def peers(bench: Bench, case: Case, *, backward: bool) -> dict[str, Callable[[], Call]]:
-    """Return the code that users write, on the kernel that SDPA would choose, plain and compiled."""
+    """Return the code that users write, plain and compiled, and the published package for grouped heads.
+
+    Hand-written code calls flash attention by torch's operator, whose LSE has no gradient: its backward leaves the
+    mixing weights out, and does less than a plan's. The published class normalises each group of heads by itself, and
+    divides by the number of groups: another function, of the same cost.
+    """
     tensors = bench.tensors(case, 4)
-    runs = "cudnn" if bench.gpu else "flash-cpu"
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if not bench.gpu:
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, case.causal)
+        else:
+            found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, case.causal, False)
+        return found[0], found[1]
 
     def hand(*, compiled: bool) -> Call:
-        def kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            if runs == "flash-cpu":
-                return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[:2]
-            found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, case.causal, False)
-            return found[0], found[1]
-
         function = eager_longnet(case, bench.device)(kernel)
         function = torch.compile(function) if compiled else function
         return training_of(function, tensors) if backward else partial(function, *tensors[:3])
 
-    made: dict[str, Callable[[], Call]] = {"hand-written eager": partial(hand, compiled=False)}
-    if bench.gpu:
+    def package() -> Call:
+        function = published(case)
+        return training_of(function, tensors) if backward else partial(function, *tensors[:3])
+
+    made: dict[str, Callable[[], Call]] = {}
+    if not (bench.gpu and backward):
+        made["hand-written eager"] = partial(hand, compiled=False)
+    if bench.gpu and not backward and not case.causal and case.name in _COMPILED:
         made["hand-written compiled"] = partial(hand, compiled=True)
-        if case.kind == "grouped":
-            made["published on xformers"] = lambda: (
-                training_of(published(case), tensors) if backward else partial(published(case), *tensors[:3])
-            )
+    if bench.gpu and case.kind == "grouped":
+        made["published on xformers"] = package
     return made
 
 
 def dense(bench: Bench, case: Case) -> dict[str, Callable[[], Call]]:
-    """Return dense attention over all tokens, for scale."""
+    """Return dense attention over all tokens, and FlexAttention with a mask of the same pairs, for scale."""
     rows = [x.transpose(1, 2) for x in bench.tensors(case)]
-    return {
+    made: dict[str, Callable[[], Call]] = {
         f"dense {s.runs}": partial(
             lambda name: partial(attend, *rows, None, name, case.causal, case.head_dim**-0.5), s.runs
         )
         for _, s in bench.schedules
-        if s.runs != "flash-cuda"
     }
+    if case.name == "A":
+        made["flex with a dilated mask"] = partial(flex_longnet, case, rows, compiled=bench.gpu)
+    return made
 
 
 # ------------------------------------------------------------------------------------------------ what is beside time
@@ -328,34 +224,6 @@ def _apart(x: Tensor, y: Tensor) -> float:
     return float((x - y).norm() / y.norm())
 
 
-def timeline(bench: Bench, case: Case, variant: str, runs: str, *, backward: bool) -> None:
-    """Write which device kernels a plan spends its time in."""
-    from torch.profiler import ProfilerActivity, profile
-
-    backend, schedule = next(x for x in bench.schedules if x[1].runs == runs)
-    tensors = bench.tensors(case, 4)
-    plan = plan_of(bench, case, variant, backend, schedule)
-    run = training_of(plan, tensors) if backward else forward_of(plan, tensors)
-    for _ in range(3):
-        run()
-    bench._wait()
-    with profile(activities=[ProfilerActivity.CUDA if bench.gpu else ProfilerActivity.CPU]) as found:
-        for _ in range(5):
-            run()
-        bench._wait()
-    where = {"case": case.name, "causal": case.causal, "backward": backward, "name": f"timeline {variant} {runs}"}
-    events = sorted(found.key_averages(), key=lambda e: -e.device_time_total if bench.gpu else -e.cpu_time_total)
-    kernels = [
-        {
-            "kernel": e.key[:90],
-            "calls": e.count / 5,
-            "us": round((e.device_time_total if bench.gpu else e.cpu_time_total) / 5, 1),
-        }
-        for e in events[:14]
-    ]
-    bench.write({**where, "kernels": kernels})
-
-
 def parts(bench: Bench, case: Case, runs: str) -> dict[str, Callable[[], Call]]:
     """Return each attend of the variant of views alone, on views and on copies of them: what strided rows cost."""
     from attnplan.backends.eager.places import place
@@ -380,39 +248,68 @@ def parts(bench: Bench, case: Case, runs: str) -> dict[str, Callable[[], Call]]:
 # ------------------------------------------------------------------------------------------------------------- script
 
 
-def sections(bench: Bench, cases: list[Case], *, parted: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Iterate over what is measured, the most telling first."""
-    known = [s.runs for _, s in bench.schedules]
-    best = "fa4" if "fa4" in known else known[0]
-    for backward in (False, True):
-        for case in cases:
-            where = {"case": case.name, "causal": case.causal, "backward": backward}
-            yield f"contest {case.name}", partial(_race, bench, where, contest, case, backward=backward)
-            if backward == (case.name in ("A", "B")) or not backward:
-                yield "timeline", partial(timeline, bench, case, "views", best, backward=backward)
-                yield "timeline", partial(timeline, bench, case, "batch", best, backward=backward)
-    for case in cases if parted else ():
-        yield "parts", partial(_race, bench, {"case": case.name, "causal": False}, parts, case, best)
-    for case in cases:
-        yield "check", partial(check, bench, attrs.evolve(case, causal=True))
-        yield (
-            "peers",
-            partial(_race, bench, {"case": case.name, "causal": False, "backward": False}, peers, case, backward=False),
-        )
-    for backward in (False, True):
-        for case in (attrs.evolve(c, causal=True) for c in cases):
-            where = {"case": case.name, "causal": True, "backward": backward}
-            yield f"contest {case.name} causal", partial(_race, bench, where, contest, case, backward=backward)
-    for case in cases:
-        where = {"case": case.name, "causal": False, "backward": True}
-        yield "peers", partial(_race, bench, where, peers, case, backward=True)
-        yield "dense", partial(_race, bench, where | {"backward": False}, dense, case)
+def sections(
+    bench: Bench, cases: list[Case], *, halves: list[bool], timelines: bool, more: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Iterate over what is measured, the most telling first.
+
+    Parameters
+    ----------
+    halves
+        Without and with the backward.
+    timelines
+        Only where the time goes.
+    more
+        ``"parts"`` (each attend alone), ``"check"`` (numbers in float64).
+    """
+    causals = [attrs.evolve(c, causal=True) for c in cases]
+    if timelines:
+        for backward, case, variant in product(halves, cases, ("views", "copied")):
+            yield f"timeline {case.name}", partial(_timeline, bench, case, variant, backward=backward)
+    elif more:
+        yield from _extras(bench, cases, causals, more)
+    else:
+        for backward in halves:
+            for case in (*cases, *causals):
+                where = {"case": case.name, "causal": case.causal, "backward": backward}
+                run = partial(_race, bench, where, [contest, peers], case, backward=backward)
+                yield f"contest {case.name}", run
+        for case in cases if bench.gpu and False in halves else ():
+            if case.kind == "longnet":
+                where = {"case": case.name, "causal": False, "backward": False}
+                yield f"dense {case.name}", partial(_race, bench, where, [dense], case)
+
+
+def _extras(
+    bench: Bench, cases: list[Case], causals: list[Case], more: tuple[str, ...]
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for case in cases if "parts" in more else ():
+        where = {"case": case.name, "causal": False}
+        yield "parts", partial(_race, bench, where, [parts], case, best(bench)[1].runs)
+    for case in causals if "check" in more else ():
+        yield "check", partial(check, bench, case)
+
+
+def best(bench: Bench) -> tuple[Any, Any]:
+    """Return the backend and the schedule that is looked into: flash-attn 4 where it is."""
+    return next((x for x in bench.schedules if x[1].runs == "fa4"), bench.schedules[0])
 
 
 def _race(
-    bench: Bench, where: dict[str, Any], make: Callable[..., Any], case: Case, *args: Any, **options: Any
+    bench: Bench, where: dict[str, Any], makers: list[Callable[..., Any]], case: Case, *args: Any, **options: Any
 ) -> None:
-    bench.race(where, make(bench, case, *args, **options))
+    contestants: dict[str, Callable[[], Call]] = {}
+    for make in makers:
+        contestants |= make(bench, case, *args, **options)
+    bench.race(where, contestants, replay=not where.get("backward"))
+
+
+def _timeline(bench: Bench, case: Case, variant: str, *, backward: bool) -> None:
+    tensors, (backend, schedule) = bench.tensors(case, 4), best(bench)
+    plan = plan_of(bench, case, variant, backend, schedule)
+    run = training_of(plan, tensors) if backward else forward_of(plan, tensors)
+    where = {"case": case.name, "causal": case.causal, "backward": backward}
+    bench.write({**where, "name": f"timeline {variant} {schedule.runs}", **timeline(run, gpu=bench.gpu)})
 
 
 def main() -> None:
@@ -420,19 +317,20 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="run on CUDA")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script")
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--budget", type=float, default=150.0, help="seconds after which no contest begins")
-    parser.add_argument("--cases", default="A,gA,B,gB", help="which specs")
-    parser.add_argument("--only", default="", help="sections whose names begin so, separated by commas")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--half", choices=("forward", "training", "both"), default="both", help="which calls")
+    parser.add_argument("--timeline", action="store_true", help="only where the time of plans goes")
+    parser.add_argument("--budget", type=float, default=150.0, help="seconds after which no contestant begins")
+    parser.add_argument("--cases", default="", help="which specs, separated by commas; all without")
+    parser.add_argument("--more", default="", help="'parts' or 'check' instead of times")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each contestant, at most")
     parser.add_argument("--kernels", default="cudnn,fa4", help="kernels of plans; flash-cuda is the third")
     options = parser.parse_args()
     bench = Bench(options.json, options.budget, options.kernels, gpu=options.gpu, rounds=options.rounds)
-    names = options.cases.split(",")
     known = TINY if options.tiny else CASES if options.gpu else ON_CPU
-    cases = sorted((c for c in known if c.name in names), key=lambda c: names.index(c.name)) or known
-    for name, run in sections(bench, cases, parted="parts" in options.only):
-        if options.only and not name.startswith(tuple(options.only.split(","))):
-            continue
+    cases = [c for c in known if c.name in options.cases.split(",")] or known
+    halves = {"forward": [False], "training": [True], "both": [False, True]}[options.half]
+    more = tuple(filter(None, options.more.split(",")))
+    for name, run in sections(bench, cases, halves=halves, timelines=options.timeline, more=more):
         if bench.left < 0:
             bench.write({"name": name, "failed": "no time left"})
             continue
@@ -444,6 +342,12 @@ def main() -> None:
         if bench.gpu:
             torch.cuda.empty_cache()
     table(bench.rows)
+    found = targets(bench.rows, on_cpu=not bench.gpu)
+    if found:
+        bench.write({"targets": found})
+        for one in found:
+            met = "met   " if one["met"] else "MISSED"
+            print(f"{met} {one['value']:>8.3f} {one['sign']} {one['limit']:<6} {one['what']}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -105,10 +107,64 @@ def rows_in_float64(case: Case, q: Tensor, k: Tensor, v: Tensor, sample: Sequenc
 
 def published(case: Case) -> Any:
     """Return the published class on xformers for grouped heads; raise ImportError where it is not importable."""
+    with _hidden("flash_attn"):  # flash-attn 4 alone looks like version 2 to xformers, which then fails to load
+        import xformers.ops  # noqa: F401
     from dilated_attention_pytorch.dilated_attention import DilatedAttention
 
     made = DilatedAttention(list(case.segments), list(case.rates))
     return lambda q, k, v: made(q, k, v, is_causal=case.causal)
+
+
+@contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """Make importing a package fail, and bring it back as it was."""
+    kept = {name: m for name, m in sys.modules.items() if name == package or name.startswith(f"{package}.")}
+    for name in kept:
+        del sys.modules[name]
+    sys.modules[package] = None  # type: ignore[assignment]  # what Python takes for a module that there is not
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+        sys.modules.update(kept)
+
+
+def flex_longnet(case: Case, rows: Sequence[Tensor], *, compiled: bool, block: int = 128) -> Callable[[], Any]:
+    """Return FlexAttention over ``[B, H, S, D]`` with a mask of the pairs of all branches: one softmax, each key once.
+
+    Its block tables are written down instead of searched for: every block in a segment of the longest branch holds a
+    pair of it, and those in a segment of a first branch of rate 1 are full.
+    """
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    first, longest = case.segments[0], max(case.segments)
+    blocks, device = case.tokens // block, rows[0].device
+    at = torch.arange(blocks, dtype=torch.int32, device=device)
+
+    def tables(length: int, without: int) -> tuple[Tensor, Tensor]:
+        """Return the blocks in the same segment of a length, without those of the same segment of a shorter one."""
+        near = at[None] * block // length == at[:, None] * block // length
+        if without:
+            near &= at[None] * block // without != at[:, None] * block // without
+        count = near.sum(1, dtype=torch.int32)
+        index = near.int().argsort(dim=1, descending=True, stable=True).int()[:, : max(int(count.max()), 1)]
+        return count[None, None], index[None, None].contiguous()
+
+    whole = first if case.rates[0] == 1 and first % block == 0 else 0
+    full = tables(first, 0) if whole else (None, None)
+
+    def meets(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        found = q < 0
+        for length, rate in zip(case.segments, case.rates, strict=True):
+            found = found | ((q // length == k // length) & ((q - head) % rate == 0) & ((k - head) % rate == 0))
+        return found
+
+    mask = BlockMask.from_kv_blocks(
+        *tables(longest, whole), *full, BLOCK_SIZE=block, mask_mod=meets, seq_lengths=(case.tokens, case.tokens),
+        compute_q_blocks=False,
+    )  # fmt: skip
+    function = torch.compile(flex_attention) if compiled else flex_attention
+    return lambda: function(*rows, block_mask=mask)
 
 
 def gathered(case: Case, device: torch.device, dtype: str, *, batched: bool) -> list[list[Tensor]]:

@@ -14,11 +14,14 @@ from attnplan.runtime.kernels import Request, softmax_attention
 from attnplan.runtime.kernels_all import KERNELS
 from attnplan.runtime.opaque import Opaque
 from attnplan.runtime.tables import BlockLists
+from attnplan.runtime.tile_masks import BACKWARD, SplitTiles
 from attnplan.runtime.tiles import Tiles, attend_tiles, attend_tiles_backward
 from attnplan.runtime.views import accumulator
 
+WRITES_INTO = frozenset({"fa4"})
+"""Kernels that write to where they are told."""
 _LSE_FEATURES = 8  # one would do; this keeps the feature count a multiple of what kernels like
-Mask = Tensor | Tiles | BlockLists | None
+Mask = Tensor | Tiles | BlockLists | SplitTiles | None
 
 
 class _Folding:
@@ -95,6 +98,8 @@ def attend(
     softcap: float = 0.0,
     documents: Tensor | None = None,
     bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    into: tuple[Tensor | None, ...] = (),
 ) -> tuple[Tensor, Tensor]:
     """Return (output, LSE) of attention by one kernel.
 
@@ -109,17 +114,21 @@ def attend(
         A key of :data:`~attnplan.runtime.kernels.KERNELS`.
     causal
         Whether row i sees key j only for j <= i.
-    window, softcap, documents
+    window, softcap, documents, sinks
         What the kernel does by itself: see :class:`~attnplan.runtime.kernels.Request`.
     bias
         What is added to scores, broadcasting as the mask does.
+    into
+        Where a kernel of :data:`WRITES_INTO` writes the output of tensors of four dimensions, instead of a new tensor.
     """
     if q.numel() == 0:
         return q.new_zeros((*q.shape[:-1], v.shape[-1])), _lse_zeros(q)
     if isinstance(mask, Tiles):
         return attend_tiles(q, k, v, mask, kernel, scale)
+    assert not isinstance(mask, SplitTiles), "only a backward has whole and partial tiles apart"
     folding = _folding(q, k, v, kernel)
-    asked = _request(folding, q, k, Request(scale, causal, None, bias, window, softcap, documents), mask)
+    asked = Request(scale, causal, None, bias, window, softcap, documents, sinks=sinks, into=into)
+    asked = _request(folding, q, k, asked, mask)
     out, lse = KERNELS[kernel].forward(folding.pack(q), folding.pack(k), folding.pack(v), asked)
     return folding.unpack(out), folding.unpack(lse)
 
@@ -140,14 +149,22 @@ def attend_backward(
     softcap: float = 0.0,
     documents: Tensor | None = None,
     bias: Tensor | None = None,
+    into: tuple[Tensor | None, ...] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v from the merged output and LSE of the rows (design: Gradients).
 
     ``grad_lse`` enters as one more feature of v that is 1 everywhere: the kernel then adds it to every score's
-    gradient, which is what differentiating the log-sum-exp does.
+    gradient, which is what differentiating the log-sum-exp does. ``into`` is then without meaning, else as in
+    :func:`attend`, for dq, dk and dv.
     """
     if q.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    if isinstance(mask, SplitTiles):
+        given = (grad, grad_lse, q, k, v, out, lse)
+        whole = attend_backward(*given, mask.whole, kernel, causal, scale)
+        partial = attend_backward(*given, mask.partial, BACKWARD, causal, scale)
+        dq, dk, dv = ((a.to(b.dtype) + b).to(a.dtype) for a, b in zip(whole, partial, strict=True))
+        return dq, dk, dv
     features, value_features = q.shape[-1], v.shape[-1]
     if grad_lse is not None and not _has_room(q, kernel):
         rest = (mask, kernel, causal, scale, window, softcap, documents, bias)
@@ -156,11 +173,12 @@ def attend_backward(
         from_lse = attend_backward(grad, None, q, k, v, out, lse, *rest)
         return from_out[0] + from_lse[0], from_out[1] + from_lse[1], from_out[2]
     if grad_lse is not None:
+        into = ()
         grad, q, k, v, out = _with_lse_column(grad, grad_lse, q, k, v, out)
     if isinstance(mask, Tiles):
         dq, dk, dv = attend_tiles_backward(grad, q, k, v, out, lse, mask, kernel, scale)
     else:
-        asked = Request(scale, causal, None, bias, window, softcap, documents)
+        asked = Request(scale, causal, None, bias, window, softcap, documents, into=into)
         dq, dk, dv = _kernel_backward(grad, q, k, v, out, lse, mask, kernel, asked)
     return dq[..., :features], dk[..., :features], dv[..., :value_features]
 

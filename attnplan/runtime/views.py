@@ -87,6 +87,11 @@ def empty_like_rows(q: Tensor, features: int, dtype: torch.dtype) -> Tensor:
     return q.new_empty((b, h, s, features), dtype=dtype)
 
 
+def empty_whole(x: Tensor, like: Tensor) -> Tensor:
+    """Return an uninitialised tensor of the rows of ``x`` with as many features as ``like``, in the dtype of ``x``."""
+    return empty_like_rows(x, like.shape[-1], x.dtype)
+
+
 def rows_first(x: Tensor) -> Tensor:
     """Return ``[B, H, S, D]`` whose memory has the order ``[B, S, H, D]``.
 

@@ -12,15 +12,14 @@ import torch.nn.functional as F
 from torch import fx
 
 from attnplan.backends.base import Program, Schedule
+from attnplan.backends.eager import written as writes
 from attnplan.backends.eager.launches import (
     gather_backward,
     gather_forward,
     launch_of,
-    pull_gradients,
-    pull_values,
     pulls,
 )
-from attnplan.backends.eager.learned import bias, emit_learned, has_sinks, sunk
+from attnplan.backends.eager.learned import bias, emit_learned, has_sinks, knows_sinks, native_sinks, sunk
 from attnplan.backends.eager.places import Owner, Place, is_whole, keeps_rows, owners, place
 from attnplan.backends.eager.programs import DirectProgram, FusedProgram, PlainProgram
 from attnplan.ir import Attend, Axis, Graph, Merge, Mix, Node, RowMap
@@ -29,14 +28,13 @@ from attnplan.ir.ops import disjoint
 from attnplan.ir.slots import mask_rows, slot_condition
 from attnplan.lower import lower
 from attnplan.runtime import attend as attends
-from attnplan.runtime import loops, views
+from attnplan.runtime import loops, tile_masks, views
 from attnplan.runtime import merge as merges
 from attnplan.runtime.dropout import DropoutMask
 from attnplan.runtime.following import FollowingWindow
 from attnplan.runtime.kernels_all import KERNELS
 from attnplan.runtime.masks import FollowingCondition, MaskBuilder
 from attnplan.runtime.opaque import Opaque
-from attnplan.runtime.tables import BlockListBuilder
 from attnplan.runtime.tiles import TileBuilder
 from attnplan.spec import AttentionSpec
 
@@ -150,13 +148,16 @@ class Emitter:
                 return values[self._holder(node.id)]
             q, k, v = self._taken(code, node, inputs)
             mask, causal, options = self._lowered(code, node, op, operands, inputs)
+            options |= native_sinks(self, code, node, operands)
             if op.loop is not None:
                 pair = code.call_function(loops.attend_blocks, (q, k, v, mask, causal, op.scale, op.loop), options)
             else:
+                options |= self.written.into(node, (0,))
                 pair = code.call_function(attends.attend, (q, k, v, mask, kernel, causal, op.scale), options)
             return _pair(code, pair, node.id)
 
         values: dict[int, Value] = {}
+        self.written = writes.forward_of(self, code, kernel, inputs)
         self._values(code, inputs[0], one, (merges.merge, merges.weighted_sum), values)
         out, lse = self._finished(code, operands, inputs[0], values)
         values[self.result.id] = (out, lse)
@@ -190,19 +191,20 @@ class Emitter:
         operands, *inputs = self._placeholders(code, operands_last=False)
         known = self._known(code)
         pieces = []
+        written = writes.backward_of(self, code, kernel, inputs)
         for node, op in self.graph.of(Attend):
             if self._holder(node.id) != node.id:
                 continue
-            mask, causal, options = self._lowered(code, node, op, operands, inputs)
+            mask, causal, options = self._lowered(code, node, op, operands, inputs, back=True)
             given = self._given_back(code, node, known, grad, grad_lse, inputs)
             if op.loop is not None:
                 blocks = (*given, mask, causal, op.scale, op.loop)
                 triple = code.call_function(loops.attend_blocks_backward, blocks, options)
             else:
-                args = (*given, mask, kernel, causal, op.scale)
+                args, options = (*given, mask, kernel, causal, op.scale), options | written.into(node, (0, 1, 2))
                 triple = code.call_function(attends.attend_backward, args, options)
             pieces.append((node, [_named(code, getitem, (triple, i), f"d{n}_{node.id}") for i, n in enumerate("qkv")]))
-        code.output(self._gradients(code, inputs, pieces))
+        code.output(self._gradients(code, inputs, pieces, written))
         return fx.GraphModule(self.modules, code, "Backward")
 
     def _known(self, code: fx.Graph) -> dict[tuple[int, str], fx.Node]:
@@ -233,7 +235,7 @@ class Emitter:
         return made
 
     def _lowered(
-        self, code: fx.Graph, node: Node, op: Attend, operands: fx.Node, inputs: Sequence[fx.Node]
+        self, code: fx.Graph, node: Node, op: Attend, operands: fx.Node, inputs: Sequence[fx.Node], back: bool = False
     ) -> tuple[fx.Node | None, fx.Node | bool, dict[str, Any]]:
         """Return (mask, tiles, lists of tiles or None; causal; what the kernel does by itself) of an attend."""
         options = _softcap(op) | bias(self, code, node, op, operands, inputs)
@@ -241,8 +243,8 @@ class Emitter:
         rows_q, rows_k = (n.type.rows for n in self.graph.args(node)[:2])
         name = f"where_{node.id}"
         if op.tile is not None and "blocks" in self.native:
-            heads = [head for _, head in rows_q.batch_heads()]
-            self.modules[name] = BlockListBuilder(op, rows_q, rows_k, self.spec.shape, heads)
+            rest = (self.spec.shape, self.spec.heads // self.spec.kv_heads, self.native)
+            self.modules[name] = tile_masks.builder(op, rows_q, rows_k, *rest, backward=back)
             return code.create_node("call_module", name, (operands, *inputs[:2])), False, options
         if found is None or op.tile is not None or (self.follow and "mask" in self.native):
             return *self._condition(code, node, op, operands, inputs), options
@@ -269,20 +271,19 @@ class Emitter:
         tiled: bool = True,
     ) -> tuple[fx.Node | None, fx.Node | bool]:
         """Return (mask, tiles or None, causal) of an attend, as nodes where they are found at the call."""
-        rows_q, rows_k = self._mask_rows(node)
         name = f"where_{node.id}"
         if op.tile is not None and tiled:
             self.modules[name] = self._tiles(node, op)
             return code.create_node("call_module", name, (operands, *inputs[:2])), False
         if self.follow:
-            self.modules[name] = FollowingCondition(op, rows_q, rows_k, self.spec.shape)
+            self.modules[name] = FollowingCondition(op, *self._mask_rows(node), self.spec.shape)
             pair = code.create_node("call_module", name, (operands, *inputs[:2]))
             return code.call_function(getitem, (pair, 0)), code.call_function(getitem, (pair, 1))
         condition = slot_condition(op, *(n.type.rows for n in self.graph.args(node)[:2]))
         if condition != "mask":
             return None, condition == "causal"
         partial = op.at is not None
-        rows_q, rows_k = mask_rows(attrs.evolve(op, at=None), rows_q, rows_k)
+        rows_q, rows_k = mask_rows(attrs.evolve(op, at=None), *self._mask_rows(node))
         self.modules[name] = MaskBuilder(op.where, rows_q, rows_k, op.shift, self.spec.shape, partial=partial)
         return code.create_node("call_module", name, (operands, *inputs[:2])), False
 
@@ -328,7 +329,9 @@ class Emitter:
             if not isinstance(op, Merge | Mix):
                 continue
             if op.pull and merge is not merges.merge_plain:
-                values[node.id] = self._pulled(code, q, node, op, values)
+                pair = writes.pulled(self, code, q, (node, op), values, self.written)
+                out, lse = _pair(code, pair, node.id)
+                values[node.id] = out, lse if node.type.lse else None
                 continue
             outs = [values[a][0] for a in node.args]
             places = [self._place(n) for n in self.graph.args(node)]
@@ -352,7 +355,7 @@ class Emitter:
         if self._place(self.result) is not None:  # one cell that is the whole output, its heads spread over axes
             out = code.call_function(attends.whole_output, (out, q))
             lse = None if lse is None else code.call_function(attends.whole_output, (lse, q))
-        if has_sinks(self.graph):
+        if has_sinks(self.graph) and not knows_sinks(self, self.result):
             out, lse = sunk(code, operands, out, lse)
         return code.call_function(attends.in_dtype_of, (out, q)), lse
 
@@ -384,13 +387,6 @@ class Emitter:
             return self._rows(code, node, inputs)
         return gather_forward(code, self.modules, launch, inputs)
 
-    def _pulled(self, code: fx.Graph, q: fx.Node, node: Node, op: Merge | Mix, values: dict[int, Value]) -> Value:
-        """Append a join that writes each row once."""
-        name, holders = f"pull_{node.id}", pull_values(self.graph, self.modules, node, op, self.launches)
-        outs, lses = [values[i][0] for i in holders], [values[i][1] for i in holders]
-        out, lse = _pair(code, code.create_node("call_module", name, (q, outs, lses)), node.id)
-        return out, lse if node.type.lse else None
-
     def _flow(
         self,
         code: fx.Graph,
@@ -420,28 +416,19 @@ class Emitter:
         return [own_grad, own_grad_lse, out, lse]
 
     def _gradients(
-        self, code: fx.Graph, inputs: Sequence[fx.Node], pieces: list[tuple[Node, list[fx.Node]]]
+        self,
+        code: fx.Graph,
+        inputs: Sequence[fx.Node],
+        pieces: list[tuple[Node, list[fx.Node]]],
+        written: writes.Written,
     ) -> tuple[fx.Node, ...]:
         if len(pieces) == 1 and is_whole(self.graph, pieces[0][0]):
             return tuple(pieces[0][1])
         if self.pulls is not None:
-            return self._pulled_gradients(code, inputs, {n.id: parts for n, parts in pieces})
+            return writes.pulled_gradients(self, code, inputs, {n.id: parts for n, parts in pieces}, written)
         totals = [code.call_function(views.zero_gradient, (x,)) for x in inputs]
         for node, parts in pieces:
             for total, part, arg in zip(totals, parts, self.graph.args(node), strict=True):
                 where = () if is_whole(self.graph, node) else place(arg.type.rows)
                 code.call_function(views.add_rows, (total, part, *where))
         return tuple(code.call_function(attends.in_dtype_of, pair) for pair in zip(totals, inputs, strict=True))
-
-    def _pulled_gradients(
-        self, code: fx.Graph, inputs: Sequence[fx.Node], pieces: dict[int, list[fx.Node]]
-    ) -> tuple[fx.Node, ...]:
-        """Append the sums of gradients that write each row once."""
-        assert self.pulls is not None
-        weights = {i: owner.weight for i, owner in self.owners.items()}
-        made = []
-        for i, x in enumerate(inputs):
-            name = f"pull_d{x}"
-            holders = pull_gradients(self.graph, self.modules, name, self.pulls, weights, self.launches, min(i, 1))
-            made.append(code.create_node("call_module", name, (x, [pieces[h][i] for h in holders]), name=f"d{x}"))
-        return tuple(made)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from operator import getitem
 from typing import Any
 
@@ -119,14 +119,49 @@ def _gathered(
 
 
 def pull_values(
-    graph: Graph, modules: dict[str, Any], node: Node, op: Merge | Mix, known: dict[int, Launch]
+    graph: Graph,
+    modules: dict[str, Any],
+    node: Node,
+    op: Merge | Mix,
+    known: dict[int, Launch],
+    saved: Collection[int] = (),
+    there: Collection[int] = (),
 ) -> list[int]:
-    """Make the module of a join that writes each row once; return the nodes whose values it is called with."""
+    """Make the module of a join that writes each row once; return the nodes whose values it is called with.
+
+    ``saved`` are nodes whose outputs the backward needs as they are, ``there`` those that kernels write to their
+    places.
+    """
     parts = graph.args(node)
     holders, found = sources(graph, parts, known, 0)
     weights = [op.weight(b) for b in op.branches] if isinstance(op, Mix) and op.rule in ("mean", "sum") else None
-    modules[f"pull_{node.id}"] = PullMerge(found, disjoint=disjoint([n.type.rows for n in parts]), weights=weights)
+    base = base_of(graph, parts, found, 0)
+    if base is not None and holders[found[base].tensor] in saved:
+        base = None
+    apart = disjoint([n.type.rows for n in parts])
+    modules[f"pull_{node.id}"] = PullMerge(
+        found, disjoint=apart, weights=weights, base=base, there=[i for i, h in enumerate(holders) if h in there]
+    )
     return holders
+
+
+def base_of(graph: Graph, parts: Sequence[Node], found: Sequence[Source], operand: int) -> int | None:
+    """Return the first part that holds every row, alone in its tensor; the others may be added to it in place.
+
+    Parameters
+    ----------
+    parts, found
+        Attends, and where each lies.
+    operand
+        0 for rows of q and of the output, 1 for rows of k and v.
+    """
+    whole = graph.inputs["qk"[operand]].type.rows
+    tensors = [s.tensor for s in found]
+    for i, node in enumerate(parts):
+        rows = graph[node.args[operand]].type.rows
+        if rows.shows_rows_once and rows.elements_count == whole.elements_count and tensors.count(tensors[i]) == 1:
+            return i
+    return None
 
 
 def pull_gradients(
@@ -137,14 +172,21 @@ def pull_gradients(
     weights: Mapping[int, float],
     known: dict[int, Launch],
     operand: int,
+    there: Collection[int] = (),
 ) -> list[int]:
     """Make the module of a sum of gradients that writes each row once; return the nodes whose gradients it takes.
 
-    ``weights`` are the constants by which branches are weighed, by attend; ``operand`` is 0 for q, 1 for k and v.
+    ``weights`` are the constants by which branches are weighed, by attend; ``operand`` is 0 for q, 1 for k and v;
+    ``there`` are the attends whose gradients kernels write to their places.
     """
     parts = graph.args(join)
     holders, found = sources(graph, parts, known, operand)
-    modules[name] = PullSum(found, [weights[n.id] for n in parts])
+    modules[name] = PullSum(
+        found,
+        [weights[n.id] for n in parts],
+        base_of(graph, parts, found, operand),
+        [i for i, h in enumerate(holders) if h in there],
+    )
     return holders
 
 

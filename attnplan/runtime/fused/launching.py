@@ -23,10 +23,12 @@ class Launcher:
     ----------
     kernel
         Returns the Triton kernel, which is imported on first use.
+    warps
+        Warps of each program.
     """
 
-    def __init__(self, kernel: Callable[[], Any]) -> None:
-        self._kernel = kernel
+    def __init__(self, kernel: Callable[[], Any], warps: int = 4) -> None:
+        self._kernel, self._warps = kernel, warps
         self._ready: dict[Hashable, Callable[..., Any]] = {}
 
     def __call__(
@@ -59,7 +61,7 @@ class Launcher:
         if ready is not None:
             ready(*args)
             return
-        compiled = self._kernel()[grid](*args)
+        compiled = self._kernel()[grid](*args, num_warps=self._warps)
         if compiled is not None and pointers % _ALIGNED == 0:  # interpreted kernels return nothing
             if len(self._ready) >= _KEPT:
                 self._ready.clear()

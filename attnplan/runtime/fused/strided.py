@@ -23,11 +23,13 @@ class Strided(nn.Module):
     ----------
     packings
         For each tensor of a call, what its four dimensions are; one part each.
+    copies
+        Whether rows that are no view are copied; else None stands for them, as there is nothing to write into.
     """
 
-    def __init__(self, packings: Sequence[Packing]) -> None:
+    def __init__(self, packings: Sequence[Packing], *, copies: bool = True) -> None:
         super().__init__()
-        self.packings = tuple(packings)
+        self.packings, self.copies = tuple(packings), copies
         self._recipes: dict[Any, Recipe | None] = {}
 
     def __call__(self, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -54,7 +56,7 @@ class Strided(nn.Module):
             if found is not None:
                 made.append(x.as_strided(found[0], found[1], x.storage_offset() + found[2]))
             else:
-                made.append(_copied(x, self.packings[i]))
+                made.append(_copied(x, self.packings[i]) if self.copies else None)
         return made
 
 

@@ -87,17 +87,48 @@ def _within(strides, outer, inner, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _counted(there, changes, held, tensor, BASES: tl.constexpr):
+    """Count rows that a part holds: among those that are the whole itself, or among the others."""
+    if BASES != 0:
+        own = (tl.full((), BASES, tl.int64) >> tensor.to(tl.int64)) & 1
+        there += tl.where(own == 1, held.to(tl.int32), 0)
+        changes += tl.where(own == 1, 0, held.to(tl.int32))
+    return there, changes
+
+
+@triton.jit
+def _zeros(BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, PIECES: tl.constexpr):
+    made = ()
+    for _ in tl.static_range(PIECES):
+        made = made + (tl.full((BLOCK_R, BLOCK_C), 0.0, tl.float32),)
+    return made
+
+
+@triton.jit
+def _store_rows(
+    out, to, totals, scale, written, columns, D: tl.constexpr, BLOCK_C: tl.constexpr, PIECES: tl.constexpr
+):  # fmt: skip
+    for c in tl.static_range(PIECES):
+        shown = written[:, None] & (c * BLOCK_C + columns < D)[None, :]
+        made = (totals[c] * scale[:, None]).to(out.dtype.element_ty)
+        tl.store(out + to[:, None] + (c * BLOCK_C + columns)[None, :], made, mask=shown)
+
+
+@triton.jit
 def pull_kernel(
     parts, part_lses, table, out, lse, by_batch, by_head, by_row, heads, length,
     ENTRIES: tl.constexpr, TENSORS: tl.constexpr, UNIT: tl.constexpr, WIDE: tl.constexpr,
     D: tl.constexpr, BLOCK_C: tl.constexpr, PIECES: tl.constexpr, BLOCK_R: tl.constexpr, BY_LSE: tl.constexpr,
+    BASES: tl.constexpr,
 ):  # fmt: skip
     """Write each row of the whole once: the parts that hold it, found by their maps, weighted and summed.
 
     First where each part holds the rows, and with which LSE, then their features: no load waits for another part's.
     Features come in narrow pieces: every thread that has some of a row works its place out, so they should be few.
 
-    ``TENSORS`` are pairs (first, behind the last): the tensors that an entry may point into.
+    ``TENSORS`` are pairs (first, behind the last): the tensors that an entry may point into. ``BASES`` has a bit
+    for each that is the whole itself, or rows of it: a row that only its part holds is there already, and is neither
+    read nor written.
     """
     head = tl.program_id(0) % heads
     rows = (tl.program_id(0) // heads) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -108,10 +139,13 @@ def pull_kernel(
     largest = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     offsets = ()
     weights = ()
+    there = tl.full((BLOCK_R,), 0, tl.int32)  # how many of these parts hold a row
+    changes = tl.full((BLOCK_R,), 0, tl.int32)  # how many others do
     for e in tl.static_range(ENTRIES):
         entry = table + (head * ENTRIES + e) * 18
         tensor = tl.load(entry)
         held, outer, inner = _walk_back(entry, rows)
+        there, changes = _counted(there, changes, held, tensor, BASES)
         start = tl.load(entry + 10).to(tl.int64) + batch * tl.load(entry + 11)
         start += _beyond_first(parts, tensor, UNIT * size, TENSORS[2 * e], TENSORS[2 * e + 1])
         offsets = offsets + (start + _within(entry + 12, outer, inner, WIDE),)
@@ -126,10 +160,9 @@ def pull_kernel(
             weight = tl.load(entry + 14).to(tl.int32).to(tl.float32, bitcast=True)
             weights = weights + (tl.where(held, weight, 0.0),)
     safe = tl.where(largest == float("-inf"), 0.0, largest)  # -inf minus -inf would be NaN
-    totals = ()
-    for _ in tl.static_range(PIECES):
-        totals = totals + (tl.full((BLOCK_R, BLOCK_C), 0.0, tl.float32),)
+    totals = _zeros(BLOCK_R, BLOCK_C, PIECES)
     mass = tl.full((BLOCK_R,), 0.0, tl.float32)
+    written = inside & ((changes > 0) | (there == 0))
     for e in tl.static_range(ENTRIES):
         if BY_LSE:
             weight = tl.exp(weights[e] - safe)
@@ -139,7 +172,7 @@ def pull_kernel(
         at = offsets[e] * UNIT
         sums = ()
         for c in tl.static_range(PIECES):
-            shown = (weight != 0.0)[:, None] & (c * BLOCK_C + columns < D)[None, :]
+            shown = (written & (weight != 0.0))[:, None] & (c * BLOCK_C + columns < D)[None, :]
             x = tl.load(parts[0] + at[:, None] + (c * BLOCK_C + columns)[None, :], mask=shown, other=0.0)
             sums = sums + (totals[c] + x.to(tl.float32) * weight[:, None],)
         totals = sums
@@ -149,7 +182,4 @@ def pull_kernel(
         scale = 1.0 / mass
         tl.store(lse + (batch * heads + head) * length + rows, largest + tl.log(mass), mask=inside)
     to = batch * by_batch + head.to(tl.int64) * by_head + rows.to(tl.int64) * by_row
-    for c in tl.static_range(PIECES):
-        shown = inside[:, None] & (c * BLOCK_C + columns < D)[None, :]
-        made = (totals[c] * scale[:, None]).to(out.dtype.element_ty)
-        tl.store(out + to[:, None] + (c * BLOCK_C + columns)[None, :], made, mask=shown)
+    _store_rows(out, to, totals, scale, written, columns, D, BLOCK_C, PIECES)
