@@ -23,6 +23,7 @@ from attnplan import patterns as P
 from attnplan.cost import resolve
 from attnplan.plan import Plan
 from attnplan.search import every_way
+from bench.kernels_by_hand import raw
 
 BACKENDS = ("eager", "flash", "xformers")
 SIZES = {"cpu": {"seq_len": 16, "heads": 2, "head_dim": 16}, "cuda": {"seq_len": 128, "heads": 2, "head_dim": 64}}
@@ -82,6 +83,8 @@ def rows(device: str, rounds: int, calls: int) -> Iterator[dict[str, Any]]:
             if name == "causal" and plan.backend == "eager":
                 works["raw"] = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
                 works["raw with gradients"] = lambda: F.scaled_dot_product_attention(*leaves, is_causal=True)
+            if name == "causal" and plan.backend != "eager":
+                works["raw"] = raw(plan, q, k, v)
             if name == "causal":
                 works["attention()"] = lambda: attnplan.attention(q, k, v, causal=True)
             try:

@@ -3,94 +3,21 @@
 from __future__ import annotations
 
 import attrs
-import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from attnplan import AttentionSpec, Dim
+from attnplan import Dim
 from attnplan import patterns as P
-from attnplan.backends import eager, flash, xformers
-from attnplan.cost import Target, catalogue
-from attnplan.errors import KernelError, SpecError
+from attnplan.backends import flash
 from attnplan.ir.native import Lowered, lowered
 from attnplan.lower import lower
-from attnplan.plan import Plan
-from attnplan.runtime import opaque
-from attnplan.runtime.kernels_all import KERNELS
-from attnplan.search import Found, _options, search
+from attnplan.search import _options
 from tests import fake_kernels
+from tests.kernel_plans import H100, SPECS, packages, plan_by, plans, spec_of
 from tests.running import Call, Numbers, assert_agree, way
 
-BASE = AttentionSpec(seq_len=48, heads=4, head_dim=16, batch=2, dtype="float64")
-H100 = Target(catalogue()["h100"], "cpu")
-
-
-def spec_of(pattern=None, **options):
-    lengths = {"kv_len": options.get("seq_len", BASE.seq_len), **options}
-    heads = {"kv_heads": options.get("heads", BASE.heads), "value_dim": options.get("head_dim", BASE.head_dim)}
-    return attrs.evolve(BASE, pattern=pattern or P.full(), **{**heads, **lengths})
-
-
-@pytest.fixture(autouse=True)
-def packages(monkeypatch):
-    """Pretend that every package is there, that kernels take float64, and that they have small tiles."""
-    fake_kernels.install(monkeypatch)
-    for module in (eager, flash, xformers):
-        wider = {name: attrs.evolve(x, dtypes=(*x.dtypes, "float64")) for name, x in module.LIMITS.items()}
-        monkeypatch.setattr(module, "LIMITS", wider)
-    monkeypatch.setattr(flash, "_FA4_WIDTHS", ())
-    monkeypatch.setattr(flash, "FA4", attrs.evolve(flash.FA4, tile=(8, 4)))
-    monkeypatch.setattr(eager, "EFFICIENT", attrs.evolve(eager.EFFICIENT, tile=(8, 8), chunk=8))
-    monkeypatch.setattr(xformers, "CUTLASS", attrs.evolve(xformers.CUTLASS, tile=(8, 8), chunk=8))
-
-
-def plans(spec, target=H100):
-    """Iterate over a plan for each strategy and schedule of the GPU backends that accepts a spec."""
-    for found_lowered, backend, schedule, candidate in _options(spec, target, "auto", "auto"):
-        if not candidate.reasons and schedule.runs:
-            found = Found(found_lowered, candidate, backend, schedule, (candidate,))
-            yield Plan(spec, target, found, {"backend": "auto", "strategy": "auto", "max_memory": None})
-
-
-def ways(spec):
-    return {f"{p.backend} ({p.schedule})" for p in plans(spec)}
-
-
-def plan_by(spec, schedule, strategy=None, target=H100):
-    return next(p for p in plans(spec, target) if p.schedule == schedule and strategy in (None, p.strategy))
-
-
-SPECS = {
-    "full": spec_of(),
-    "causal": spec_of(causal=True),
-    "causal, odd length": spec_of(seq_len=37, causal=True),
-    "grouped queries": spec_of(causal=True, kv_heads=2),
-    "one key head": spec_of(P.window(5), causal=True, kv_heads=1),
-    "longnet": spec_of(P.longnet([16, 32, 48], [1, 2, 4]), causal=True),
-    "grouped longnet": spec_of(P.longnet([16, 32], [1, 2]), kv_heads=2, causal=True),
-    "longnet mean": spec_of(P.longnet([16, 32], [1, 2], mix="mean")),
-    "longnet detached": spec_of(P.longnet([16, 32], [1, 2], mix="lse-detached"), causal=True),
-    "rows without a key": spec_of(P.longnet([16, 24], [4, 3]), seq_len=37),
-    "beside the diagonal": spec_of(P.band(20, -4)),
-    "beside it on the right": spec_of(P.band(-4, 20)),
-    "more keys": spec_of(seq_len=19, kv_len=48, causal=True),
-    "more queries": spec_of(seq_len=40, kv_len=11, causal=True),
-    "window": spec_of(P.window(7), causal=True),
-    "window to both sides": spec_of(P.window(3, 9)),
-    "window to the right": spec_of(P.window(0, 5)),
-    "window, more keys": spec_of(P.window(6, 2), seq_len=23, kv_len=41),
-    "window, more queries": spec_of(P.window(6, 2), seq_len=41, kv_len=23),
-    "window of segments": spec_of(P.window(7) & P.segments(20), causal=True),
-    "longformer": spec_of(P.window(5) | P.global_tokens(3)),
-    "streaming": spec_of(P.window(9) | P.sinks(3), causal=True, kv_heads=2),
-    "any mask": spec_of(P.window(5) | P.random_blocks(0.3, 4, 0), causal=True),
-    "whole tiles": spec_of(P.random_blocks(0.3, 8, 0)),
-    "whole tiles, ragged": spec_of(P.random_blocks(0.4, 8, 1), seq_len=45, kv_heads=2),
-    "heads differ": spec_of((P.heads(0, 2) & P.segments(16)) | (P.heads(2, 4) & P.full())),
-    "bshd": spec_of(P.window(7), causal=True, layout="bshd"),
-}  # fmt: skip
+__all__ = ["packages"]
+pytestmark = pytest.mark.usefixtures("packages")
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -132,6 +59,29 @@ def test_plans_that_are_one_call_call_the_package_itself():
         plan = plan_by(spec, schedule)
         plan(*call.inputs)
         assert fake_kernels.calls == {function: 1}
+    plain = Call.of(SPECS["causal"], batch=2, through_lse=False)
+    fake_kernels.calls.clear()
+    plan_by(plain.spec, "fa4")(*plain.inputs)
+    assert fake_kernels.calls == {"fa4 forward": 1}, "without gradients its kernel is enough"
+
+
+@pytest.mark.parametrize("rows", [1, 5, 128])
+@pytest.mark.parametrize("keys", [2048, 4096 + 77])
+def test_few_queries_over_many_keys_are_split(rows, keys):
+    spec = spec_of(seq_len=rows, kv_len=keys, heads=4, kv_heads=2)
+    call = Call.of(spec, batch=1)
+    fake_kernels.calls.clear()
+    assert_agree(call.got(plan_by(spec, "fa4")), call.expected(), 1e-11, "split")
+    assert fake_kernels.calls["fa4 pieces"] == keys // 1024
+
+
+@pytest.mark.parametrize("pattern", [P.causal(), P.window(9), P.window(1500, 3)], ids=repr)
+def test_windows_over_many_keys_are_not_split(pattern):
+    spec = spec_of(pattern, seq_len=5, kv_len=2048)
+    call = Call.of(spec, batch=1)
+    fake_kernels.calls.clear()
+    assert_agree(call.got(plan_by(spec, "fa4")), call.expected(), 1e-11, "not split")
+    assert fake_kernels.calls["fa4 pieces"] == 0
 
 
 @pytest.mark.parametrize("name", ["full", "causal", "grouped queries", "window", "more keys", "more queries", "bshd"])
@@ -238,233 +188,13 @@ def test_what_a_kernel_cannot_say_has_no_such_form():
         assert lowered(graph, next(n for n in graph if n.op.name == "attend"), everything) is None
 
 
-# ------------------------------------------------------------------------------------- operators, modes, checkpointing
-
-
-def float32_call(spec):
-    return Call.of(attrs.evolve(spec, dtype="bfloat16"), batch=2, through_lse=False)
-
-
-class Counting(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("schedule", ["fa2", "fa4"])
-def test_a_dispatch_mode_sees_the_registered_operator_and_plain_eager_goes_without(schedule):
-    call = float32_call(SPECS["window"])
-    plan = plan_by(call.spec, schedule)
-    want = plan(*call.inputs)
-    with Counting() as mode:
-        got = plan(*call.inputs)
-        plan(*call.inputs, return_lse=True)
-    assert mode.seen.count("attnplan.flash_forward.default") == 2
-    assert torch.equal(got, want)
-
-
-def test_the_operators_of_xformers_are_a_family_of_their_own():
-    call = float32_call(SPECS["window"])
-    with Counting() as mode:
-        next(p for p in plans(call.spec) if p.backend == "xformers" and p.schedule == "flash")(*call.inputs)
-    assert mode.seen.count("attnplan.xformers_forward.default") == 1
-
-
-@pytest.mark.parametrize("name", ["window", "longnet", "whole tiles"])
-@pytest.mark.parametrize("policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE])
-def test_selective_checkpointing_saves_the_attention(name, policy):
-    call = float32_call(SPECS[name])
-    plan = plan_by(call.spec, "fa4")
-    attends = len([n for n in plan.graph if n.op.name == "attend"])
-    leaves = [x.detach().requires_grad_() for x in call.inputs]
-    want = torch.autograd.grad(plan(*leaves), leaves, call.grad)
-
-    def decide(ctx, op, *args, **kwargs):
-        return policy if "attnplan" in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
-
-    fake_kernels.calls.clear()
-    out = checkpoint(
-        plan, *leaves, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(decide)
-    )
-    got = torch.autograd.grad(out, leaves, call.grad)
-    forwards = fake_kernels.calls["fa4 forward"]
-    assert forwards == (attends if policy == CheckpointPolicy.MUST_SAVE else 2 * attends)
-    assert fake_kernels.calls["fa4 backward"] == attends
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("name", ["causal", "window", "grouped queries", "whole tiles"])
-def test_plans_trace_without_a_break_and_give_the_same(name):
-    call = float32_call(SPECS[name])
-    plan = plan_by(call.spec, "fa4")
-    leaves = [x.detach().requires_grad_() for x in call.inputs]
-    want = plan(*leaves)
-    got = torch.compile(lambda q, k, v: plan(q, k, v), backend="aot_eager", fullgraph=True)(*leaves)
-    torch.testing.assert_close(got, want)
-    grads = [torch.autograd.grad(x, leaves, call.grad) for x in (got, want)]
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
-
-
-@pytest.mark.parametrize("kernel", ["fa2", "fa4", "xformers-flash"])
-@pytest.mark.parametrize("window", [[-1, -1], [3, 0]])
-@pytest.mark.parametrize("packed", [False, True])
-def test_opcheck(kernel, window, packed):
-    family = opaque.FAMILIES["xformers" if "xformers" in kernel else "flash"]
-    q = torch.randn(2, 12, 2, 16, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
-    k, v = (torch.randn(2, 2, 12, 16, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-    documents = torch.tensor([0, 5, 12]) if packed else None
-    given = (q, k, v, None, None, documents, [], kernel, False, [*window, 0, 0], 0.25, 0.0)
-    torch.library.opcheck(family, given)
-
-
-# ------------------------------------------------------------------------------------------------------------ failures
-
-
-def test_a_kernel_that_raises_is_reported_with_backend_shapes_and_cause():
-    call = float32_call(SPECS["window"])
-    fake_kernels.broken.update({"fa4 function", "fa4 forward"})
-    plan = plan_by(call.spec, "fa4")
-    plan.strict = True
-    message = (
-        r"flash-attn 4 \(fa4\) failed in its forward on q \[2, 4, 48, 16\], k \[2, 4, 48, 16\], v \[2, 4, 48, 16\] "
-        r"torch.bfloat16 cpu: AssertionError: head_dim is not supported by fa4 function"
-    )
-    with pytest.raises(KernelError, match=message) as caught:
-        plan(*call.inputs)
-    assert isinstance(caught.value.__cause__, AssertionError)
-    with Counting(), pytest.raises(KernelError, match="failed in its forward"):
-        plan(*call.inputs)
-
-
-def test_auto_moves_on_with_a_warning_that_names_both_and_stays_there(monkeypatch):
-    call = float32_call(SPECS["window"])
-    monkeypatch.setattr(eager.Eager, "schedules", lambda self, device: (eager.MATH_CUDA,))
-    plan = plan_by(call.spec, "fa4")
-    want = plan(*call.inputs)
-    fake_kernels.broken.update({"fa4 function", "fa4 forward"})
-    with pytest.warns(
-        RuntimeWarning, match=r"dense > flash \(fa4\) failed: .*; this plan now runs dense > flash \(fa3"
-    ):
-        got = plan(*call.inputs)
-    torch.testing.assert_close(got, want)
-    fake_kernels.calls.clear()
-    plan(*call.inputs)
-    assert not any("fa4" in name for name in fake_kernels.calls), "what failed once is not tried again"
-    fake_kernels.broken.add("fa2 function")  # flash-attn 3's stand-in shares it
-    with pytest.warns(RuntimeWarning, match=r"\(fa3\) failed: .* now runs"):
-        torch.testing.assert_close(plan(*call.inputs), want)
-
-
-def test_an_operator_of_torch_that_raises_is_reported_too(monkeypatch):
-    call = Call.of(SPECS["longnet"], batch=2)
-    plan = plan_by(call.spec, "cudnn")
-    plan.strict = True
-
-    def fail(*args, **options):
-        raise RuntimeError("cuDNN Frontend error: no valid execution plans built")
-
-    monkeypatch.setattr(fake_kernels.Aten, "_scaled_dot_product_cudnn_attention", fail)
-    with pytest.raises(
-        KernelError, match=r"eager \(cudnn\) failed on q \[2, 4, 48, 16\], .*: RuntimeError: cuDNN"
-    ) as caught:
-        plan(*call.inputs)
-    assert isinstance(caught.value.__cause__, RuntimeError)
-    plan.strict = False
-    with pytest.warns(RuntimeWarning, match=r"lattice > eager \(cudnn\) failed: .*; this plan now runs lattice"):
-        plan(*call.inputs)
-
-
-def test_a_lack_of_memory_is_not_a_kernels_failure(monkeypatch):
-    call = float32_call(SPECS["window"])
-
-    def fail(*args, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(KERNELS["fa4"], "run_direct", fail)
-    with pytest.raises(torch.OutOfMemoryError):
-        plan_by(call.spec, "fa4")(*call.inputs)
-
-
-@pytest.mark.parametrize("changes", [{"strict": True}, {"pins": {"backend": "flash", "strategy": "auto"}}], ids=str)
-def test_a_pinned_or_strict_plan_never_moves(changes):
-    call = float32_call(SPECS["window"])
-    plan = plan_by(call.spec, "fa4")
-    for name, value in changes.items():
-        setattr(plan, name, value)
-    fake_kernels.broken.add("fa4 function")
-    with pytest.raises(KernelError, match="flash-attn 4"):
-        plan(*call.inputs)
-
-
-def test_errors_of_users_are_not_reported_as_a_kernels():
-    plan = plan_by(SPECS["window"], "fa4")
-    with pytest.raises(SpecError, match="q must be a tensor"):
-        plan(None, None, None)
-
-
-# --------------------------------------------------------------------------------------------------- what is installed
-
-
-@pytest.mark.parametrize(
-    "error", [ImportError("libcudart.so.12: cannot open"), SystemError("odd"), AttributeError("x")]
-)
-def test_whatever_an_import_raises_is_the_reason(monkeypatch, error):
-    from attnplan.backends import base
-
-    def fail(name):
-        raise error
-
-    monkeypatch.setattr(base, "import_module", fail)
-    base.import_failure.cache_clear()
-    reasons = flash.Flash().missing(flash.FA4, H100)
-    assert reasons == (f"import of flash_attn.cute.interface failed: {type(error).__name__}: {error}",)
-    both = xformers.XFormers().missing(xformers.FLASH, H100)
-    assert [reason.split(" failed")[0] for reason in both] == [
-        "import of mslk.attention.fmha", "import of xformers.ops.fmha",
-    ]  # fmt: skip
-    base.import_failure.cache_clear()
-
-
-def test_a_package_that_is_missing_is_named_and_elsewhere_it_is_assumed(monkeypatch):
-    from attnplan.backends import base
-
-    monkeypatch.setattr(base, "_version", lambda name: "2.13" if name == "torch" else None)
-    assert flash.Flash().missing(flash.FA2, H100) == ("package 'flash-attn' is not installed",)
-    assert xformers.XFormers().missing(xformers.FLASH, H100) == ("package 'mslk' or 'xformers' is not installed",)
-    assert flash.Flash().missing(flash.FA2, Target(catalogue()["h100"], None)) == ()
-
-
-def test_the_successor_of_xformers_comes_first(monkeypatch):
-    import sys
-    from types import ModuleType
-
-    from attnplan.runtime import kernels_xformers
-
-    successor = fake_kernels.xformers()
-    for name, module in {"mslk": ModuleType("mslk"), "mslk.attention": ModuleType("a"),
-                         "mslk.attention.fmha": successor}.items():  # fmt: skip
-        monkeypatch.setitem(sys.modules, name, module)
-    kernels_xformers.fmha.cache_clear()
-    assert kernels_xformers.fmha() is successor
-    kernels_xformers.fmha.cache_clear()
-
-
-def test_deterministic_plans_use_only_schedules_that_are_known_to_repeat():
-    found = search(attrs.evolve(SPECS["window"], dtype="bfloat16"), H100, deterministic=True)
-    assert found.schedule.deterministic
-    assert all(c.reasons for c in found.candidates if c.schedule != "math")
-
-
-def test_every_kernel_of_a_schedule_exists():
-    for device in catalogue().values():
-        for backend in (eager.Eager(), flash.Flash(), xformers.XFormers()):
-            for schedule in backend.schedules(device):
-                assert not schedule.runs or schedule.runs in KERNELS
-                assert schedule.kernel.masks == bool(schedule.native & {"mask", "blocks"} or not schedule.runs)
-    assert np.isfinite(len(KERNELS))
+def test_disjoint_parts_are_joined_by_our_own_kernel(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    wider = {name: attrs.evolve(x, dtypes=(*x.dtypes, "float32")) for name, x in flash.LIMITS.items()}
+    monkeypatch.setattr(flash, "LIMITS", wider)
+    spec = attrs.evolve(spec_of(P.window(5) | P.global_tokens(3), seq_len=45, layout="bshd"), dtype="float32")
+    call = Call.of(spec, batch=2)
+    plan = plan_by(spec, "fa4", "decompose-pull")
+    assert "pull_" in plan.source
+    assert_agree(call.got(plan), call.expected(), 1e-6, way(plan))

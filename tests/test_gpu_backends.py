@@ -25,7 +25,7 @@ SCHEDULES = {
     for backend, schedules in (
         (eager.Eager(), (eager.CUDNN, eager.FLASH_CUDA, eager.EFFICIENT)),
         (xformers.XFormers(), (xformers.FLASH, xformers.CUTLASS, xformers.SPLIT_K)),
-        (flash.Flash(), (flash.FA2, flash.FA3, flash.FA4)),
+        (flash.Flash(), (flash.FA2, flash.FA3, flash.FA4, flash.FA4_MASKS)),
     )
     for schedule in schedules
 }
@@ -40,6 +40,7 @@ SPECS = SHARED | {
     "longnet": spec_of(P.longnet([128, 256, 512], [1, 2, 4]), causal=True),
     "longnet mean": spec_of(P.longnet([64, 128], [1, 2], mix="mean")),
     "more keys": spec_of(seq_len=65, kv_len=512, causal=True),
+    "few queries, many keys": spec_of(seq_len=65, kv_len=5000, kv_heads=2),
     "window to both sides": spec_of(P.window(33, 90), seq_len=487),
     "window to the right": spec_of(P.window(0, 50)),
     "window, more keys": spec_of(P.window(60, 20), seq_len=230, kv_len=411),
@@ -66,7 +67,7 @@ def plans(name, spec):
     if missing:
         pytest.skip("; ".join(missing))
     made, reasons = [], []
-    for lowered, one, found_schedule, candidate in _options(spec, target(), "auto", "auto"):
+    for lowered, one, found_schedule, candidate in _options(spec, target(), backend.name, "auto"):
         if (one.name, found_schedule.name) == (backend.name, wanted):
             reasons += candidate.reasons
             if not candidate.reasons:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import tomllib
@@ -113,6 +114,18 @@ def test_the_plugin_names_a_backend_that_is_not_there(tmp_path):
                           capture_output=True, text=True, check=False, cwd=EXAMPLE.parent.parent)  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     assert "no installed package provides the backend 'nobody'" in done.stdout
+
+
+def test_the_example_is_sixty_lines_of_code():
+    lines = 0
+    for path in (EXAMPLE / "banded_attention").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        bodies = [n.body for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        documented = [b[0] for b in bodies if isinstance(b[0], ast.Expr) and isinstance(b[0].value, ast.Constant)]
+        skipped = {i for d in documented for i in range(d.lineno, (d.end_lineno or d.lineno) + 1)}
+        each = enumerate(path.read_text().splitlines(), 1)
+        lines += sum(bool(line.strip()) and number not in skipped for number, line in each)
+    assert 40 <= lines <= 60
 
 
 def test_a_case_of_ones_own_is_validated_too():

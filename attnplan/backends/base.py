@@ -61,6 +61,8 @@ class Schedule:
     """Whether forward and backward repeat bit for bit, as a test has shown."""
     tested: str = ""
     """Where it has been run; empty if it never has."""
+    automatic: bool = True
+    """Whether ``backend="auto"`` may choose it."""
     packages: tuple[str, ...] = ()
     """The package that it needs beside those of its backend: any one of these, each the only thing it needs."""
     modules: tuple[str, ...] = ()
@@ -103,6 +105,8 @@ class Backend:
     """Packages of which it needs at least one, by schedule."""
     automatic: ClassVar[bool] = True
     """Whether ``backend="auto"`` may choose it."""
+    compiles: ClassVar[bool] = False
+    """Whether its first call compiles for seconds: ``backend="auto"`` may choose it where candidates are measured."""
 
     naive: ClassVar[bool] = False
     """Whether it runs the naive graph, and no strategy."""
@@ -174,6 +178,7 @@ def import_failure(module: str) -> str | None:
     return None
 
 
+@lru_cache(maxsize=64)
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import NamedTuple
 
 import attrs
 
@@ -12,6 +13,7 @@ from attnplan.ir import Attend, Graph, Node, RowMap, Take
 from attnplan.ir.native import Lowered, lowered
 from attnplan.patterns import Shape
 from attnplan.spec import AttentionSpec
+from attnplan.units import format_bytes
 
 HALF = ("float16", "bfloat16")
 TF32 = 'TF32 in torch is a process-wide flag that a plan must not change; use precision="ieee"'
@@ -95,7 +97,7 @@ def conditions(title: str, native: frozenset[str], graph: Graph) -> Iterator[str
     """Yield why a kernel cannot express the first attend that it cannot."""
     for node, op in graph.of(Attend):
         if op.tile is not None and "blocks" in native:
-            why = _blocks_reason(graph, node)
+            why = _blocks_reason(graph, node, native)
         elif op.tile is None and "mask" not in native and lowered(graph, node, native) is None:
             why = "takes no mask"
         else:
@@ -113,7 +115,7 @@ def found_documents(graph: Graph, native: frozenset[str]) -> list[Lowered]:
     return [x for x in found if x is not None and x.documents]
 
 
-def _blocks_reason(graph: Graph, node: Node) -> str:
+def _blocks_reason(graph: Graph, node: Node, native: frozenset[str]) -> str:
     op = node.op
     assert isinstance(op, Attend)
     if op.boxes is not None:
@@ -124,16 +126,48 @@ def _blocks_reason(graph: Graph, node: Node) -> str:
         given = sorted(op.where.operands) or ["q_offset"]
         return f"skips tiles that are known when the plan is made, %{node.id} depends on {', '.join(given)}"
     q, k = (n.type.rows for n in graph.args(node)[:2])
-    kept, partial = tile_counts(op, q, k)
-    if partial:
-        tall, wide = op.tile or (0, 0)
-        return f"runs whole tiles, and {partial} of the {kept} that {op.where!r} keeps of {tall} x {wide} are partial"
+    tall, wide = op.tile or (0, 0)
+    if "tile-masks" in native:
+        return _masks_reason(op, q, k)
+    found = tile_counts(op, q, k)
+    if found.partial:
+        some = f"{found.partial} of the {found.kept} that {op.where!r} keeps of {tall} x {wide}"
+        return f"runs whole tiles, and {some} are partial"
     return ""
 
 
+MOST_LOOKED_UP = 1 << 26
+"""Bytes of the tables that a mask function looks up."""
+
+
+def _masks_reason(op: Attend, q: RowMap, k: RowMap) -> str:
+    assert op.tile is not None
+    tall, wide = op.tile
+    places = -(-q.length // tall) * -(-k.length // wide)
+    if 4 * places <= MOST_LOOKED_UP:
+        found = tile_counts(op, q, k)
+        if not found.partial:
+            return "is for partial tiles, and all are whole"
+        needed = 4 * (places * found.classes + found.masks * tall * wide)
+        if needed <= MOST_LOOKED_UP:
+            return ""
+    else:
+        needed = 4 * places
+    return f"looks masks up in at most {format_bytes(MOST_LOOKED_UP)}, this needs {format_bytes(needed)} or more"
+
+
+class TileCounts(NamedTuple):
+    """How many tiles an attend keeps, one of each class of heads; how many of them are partial; distinct masks."""
+
+    kept: int
+    partial: int
+    masks: int
+    classes: int
+
+
 @lru_cache(maxsize=256)
-def tile_counts(op: Attend, q: RowMap, k: RowMap) -> tuple[int, int]:
-    """Return how many tiles an attend keeps, and how many of them are partial, one of each class of heads."""
+def tile_counts(op: Attend, q: RowMap, k: RowMap) -> TileCounts:
+    """Return the tiles of an attend, counted."""
     from attnplan.patterns.tiles import Grid, block_table  # numpy is needed only here
 
     assert op.tile is not None
@@ -142,7 +176,8 @@ def tile_counts(op: Attend, q: RowMap, k: RowMap) -> tuple[int, int]:
     shape = Shape(q.length, k.length, max(heads) + 1, 1)
     grid = Grid(q.row + op.shift, q.length, k.row, k.length, op.tile)
     table = block_table(op.where, shape, op.tile, grid=grid, heads=heads)
-    return len(table.column), int((~table.full).sum())
+    partial = int((~table.full).sum())
+    return TileCounts(len(table.column), partial, int(table.kind.max(initial=0)), int(table.classes.max()) + 1)
 
 
 def dotted(capability: Capability) -> str:

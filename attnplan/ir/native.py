@@ -12,8 +12,12 @@ A schedule says what its kernel knows as a set of words:
     Boundaries of packed documents that arrive with the call, as cumulative lengths.
 ``blocks``
     Tables of whole tiles.
+``tile-masks``
+    Partial tiles among them, by a mask function.
 ``softcap``
     A cap on scores.
+``sinks``
+    Sink logits, where one call of the kernel is the whole plan.
 ``mask``
     Any mask.
 """

@@ -24,7 +24,7 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 
 class Request(NamedTuple):
-    """What a kernel is asked for, beside its tensors. The last four are what it does by itself, if it can at all."""
+    """What a kernel is asked for, beside its tensors. The last five are what it does by itself, if it can at all."""
 
     scale: float
     causal: bool = False
@@ -39,11 +39,16 @@ class Request(NamedTuple):
     documents: Tensor | None = None
     """Cumulative lengths of packed documents, int ``[n + 1]`` or ``[B, n + 1]``."""
     blocks: BlockLists | None = None
+    sinks: Tensor | None = None
+    """Logits ``[M]`` of one more key of value 0 for each head, which the output and the LSE count."""
+    into: tuple[Tensor | None, ...] = ()
+    """Where to write the output, or dq, dk and dv; a kernel that cannot returns new tensors, and the caller looks."""
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing is asked for that a kernel has to do by itself. See :mod:`attnplan.ir.native`."""
-        return self.window == EVERYTHING and not self.softcap and self.documents is None and self.blocks is None
+        few = self.documents is None and self.blocks is None and self.sinks is None
+        return self.window == EVERYTHING and not self.softcap and few
 
 
 class Kernel(Protocol):

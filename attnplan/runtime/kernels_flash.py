@@ -10,15 +10,16 @@ Dao, FlashAttention-2, arXiv 2307.08691; Shah et al., FlashAttention-3, arXiv 24
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from attnplan.errors import KernelError
 from attnplan.ir.native import EVERYTHING
-from attnplan.runtime.fused.replay import replay_of
+from attnplan.runtime.fused.replay import backward_replay_of, replay_of
 from attnplan.runtime.kernels import Pair, Request, Triple
 from attnplan.runtime.kernels_sdpa import (
     boundaries,
@@ -31,7 +32,10 @@ from attnplan.runtime.kernels_sdpa import (
     unpacked_lse,
 )
 from attnplan.runtime.opaque import Opaque
-from attnplan.runtime.tables import BlockLists, Lists
+from attnplan.runtime.split_keys import pieces_of, split_attention
+from attnplan.runtime.tables import BlockLists, Lists, TileMasks
+
+_MASK_FUNCTIONS = "attnplan.runtime.mask_functions"
 
 
 @lru_cache(maxsize=16)
@@ -186,11 +190,18 @@ class Flash3(_Flash):
 
 
 class Flash4(_Flash):
-    """flash-attn 4, the CuTe interface; also over tables of whole tiles."""
+    """flash-attn 4, the CuTe interface; also over tables of tiles."""
 
     title = "flash-attn 4"
     interface = "flash_attn.cute.interface"
     widest = 128
+
+    def run_direct(self, q: Tensor, k: Tensor, v: Tensor, asked: Request) -> Tensor:
+        learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if learns or not asked.is_plain:
+            return super().run_direct(q, k, v, asked)
+        rows = [x.transpose(1, 2) for x in (q, k, v)]  # without gradients its compiled kernel is enough
+        return self._forward(rows, None, asked)[0].transpose(1, 2)
 
     def _options(self, asked: Request, lengths: _Packed | None, lists: Lists | None) -> dict[str, Any]:
         left, right = asked.window
@@ -202,21 +213,57 @@ class Flash4(_Flash):
 
     def _forward(self, rows: list[Tensor], lengths: _Packed | None, asked: Request) -> Pair:
         function = module(self.interface)._flash_attn_fwd
-        plain = lengths is None and asked.blocks is None and asked.window == EVERYTHING and not asked.softcap
-        if plain and hasattr(function, "compile_cache"):
-            return replay_of(function)(rows[0], rows[1], rows[2], asked.scale, asked.causal)
+        pieces = pieces_of(rows[0], rows[1]) if asked.is_plain and not asked.causal else 1
+        if pieces > 1:
+            return split_attention(partial(_packed4, function, asked.scale), rows[0], rows[1], rows[2], pieces)
+        if asked.is_plain and hasattr(function, "compile_cache"):
+            into = asked.into[0].transpose(1, 2) if asked.into and asked.into[0] is not None else None
+            return replay_of(function)(rows[0], rows[1], rows[2], asked.scale, asked.causal, into)
         options = self._options(asked, lengths, None if asked.blocks is None else asked.blocks.rows)
         options |= {"softmax_scale": asked.scale, "causal": asked.causal, "softcap": asked.softcap or None}
+        if asked.blocks is not None and asked.blocks.masks is not None:
+            options |= _mask_function(asked.blocks, asked.blocks.masks)
+        if asked.sinks is not None:
+            options["learnable_sink"] = asked.sinks.detach().to(torch.float32)
         out, lse, *_ = function(*rows, return_lse=True, **options)
         return out, lse
 
     def _backward(self, rows: list[Tensor], lse: Tensor, lengths: _Packed | None, asked: Request) -> Triple:
         grad, q, k, v, out = rows
+        if asked.blocks is not None and asked.blocks.masks is not None:
+            raise KernelError(NO_MASKED_BACKWARD)
+        plain = lengths is None and asked.blocks is None and asked.window == EVERYTHING and not asked.softcap
+        replay = backward_replay_of(module(self.interface)) if plain else None
+        if replay is not None:
+            into = [None if x is None else x.transpose(1, 2) for x in asked.into or (None, None, None)]
+            return replay(q, k, v, out, grad, lse, asked.scale, asked.causal, into)
         options = self._options(asked, lengths, None if asked.blocks is None else asked.blocks.columns)
         dq, dk, dv = module(self.interface)._flash_attn_bwd(
             q, k, v, out, grad, lse, asked.scale, asked.causal, asked.softcap, **options
         )
         return dq, dk, dv
+
+
+def _packed4(
+    function: Any, scale: float, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, rows: int, keys: int
+) -> Pair:
+    """Run flash-attn 4 on packed documents whose queries and keys differ in number."""
+    lengths = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": rows, "max_seqlen_k": keys}
+    out, lse, *_ = function(q, k, v, softmax_scale=scale, return_lse=True, **lengths)
+    return out, lse
+
+
+NO_MASKED_BACKWARD = (
+    "flash-attn 4 gave wrong gradients with mask functions (flash-attention issue 2101): its backward is called for "
+    "whole tiles only"
+)
+
+
+def _mask_function(blocks: BlockLists, masks: TileMasks) -> dict[str, Any]:
+    """Return the arguments by which a call masks its partial tiles."""
+    functions = module(_MASK_FUNCTIONS)
+    chosen = functions.in_tile if masks.places.dim() == 2 else functions.in_tile_of_head
+    return {"mask_mod": chosen(*blocks.tile), "aux_tensors": [masks.places, masks.masks]}
 
 
 def block_tensors(blocks: BlockLists, lists: Lists) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 from attnplan.errors import AttnPlanError, KernelError
 from attnplan.ir.native import Window
 from attnplan.runtime.kernels import KERNELS, Pair, Request, Triple
-from attnplan.runtime.tables import BlockLists, Lists
+from attnplan.runtime.tables import BlockLists, Lists, TileMasks
 from attnplan.runtime.views import rows_first, with_features_in_line
 
 T = TypeVar("T")
@@ -94,8 +94,10 @@ class Opaque:
         ) from error
 
 
-Flat = tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor], str, bool, list[int], float, float]
-"""(mask, bias, documents, block lists, kernel, causal, [left, right, tile queries, tile keys], scale, softcap)."""
+Flat = tuple[
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None, list[Tensor], str, bool, list[int], float, float
+]
+"""(mask, bias, documents, sinks, lists, kernel, causal, [left, right, tile queries, tile keys], scale, softcap)."""
 
 
 def _flat(name: str, asked: Request) -> Flat:
@@ -106,14 +108,17 @@ def _flat(name: str, asked: Request) -> Flat:
         tile = list(blocks.tile)
         for x in (blocks.rows, blocks.columns):
             tensors += [x.partial_count, x.partial_index, x.full_count, x.full_index]
+        if blocks.masks is not None:
+            tensors += [blocks.masks.places, blocks.masks.masks]
     numbers = (window + tile, asked.scale, asked.softcap)
-    return asked.mask, asked.bias, asked.documents, tensors, name, asked.causal, *numbers
+    return asked.mask, asked.bias, asked.documents, asked.sinks, tensors, name, asked.causal, *numbers
 
 
 def _unflat(
     mask: Tensor | None,
     bias: Tensor | None,
     documents: Tensor | None,
+    sinks: Tensor | None,
     blocks: Sequence[Tensor],
     kernel: str,
     causal: bool,
@@ -124,10 +129,11 @@ def _unflat(
     """Return the inverse of :func:`_flat`."""
     left, right, tall, wide = sizes
     window: Window = (None if left < 0 else left, None if right < 0 else right)
-    made = BlockLists((tall, wide), Lists(*blocks[:4]), Lists(*blocks[4:])) if blocks else None
+    masks = TileMasks(*blocks[8:]) if len(blocks) > 8 else None
+    made = BlockLists((tall, wide), Lists(*blocks[:4]), Lists(*blocks[4:8]), masks) if blocks else None
     one = KERNELS[kernel]
     assert isinstance(one, Opaque)
-    return one, Request(scale, causal, mask, bias, window, softcap, documents, made)
+    return one, Request(scale, causal, mask, bias, window, softcap, documents, made, sinks)
 
 
 def _run_forward(
@@ -137,6 +143,7 @@ def _run_forward(
     mask: Tensor | None,
     bias: Tensor | None,
     documents: Tensor | None,
+    sinks: Tensor | None,
     blocks: Sequence[Tensor],
     kernel: str,
     causal: bool,
@@ -144,7 +151,7 @@ def _run_forward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    one, asked = _unflat(mask, bias, documents, blocks, kernel, causal, sizes, scale, softcap)
+    one, asked = _unflat(mask, bias, documents, sinks, blocks, kernel, causal, sizes, scale, softcap)
     out, lse = one.reported("forward", one.run, q, k, v, asked)
     return rows_first(out), lse.contiguous()
 
@@ -159,6 +166,7 @@ def _run_backward(
     mask: Tensor | None,
     bias: Tensor | None,
     documents: Tensor | None,
+    sinks: Tensor | None,
     blocks: Sequence[Tensor],
     kernel: str,
     causal: bool,
@@ -166,7 +174,7 @@ def _run_backward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    one, asked = _unflat(mask, bias, documents, blocks, kernel, causal, sizes, scale, softcap)
+    one, asked = _unflat(mask, bias, documents, sinks, blocks, kernel, causal, sizes, scale, softcap)
     given = (with_features_in_line(grad), q, k, v, out, lse, asked)
     dq, dk, dv = one.reported("backward", one.run_backward, *given)
     return rows_first(dq), rows_first(dk), rows_first(dv)
@@ -189,18 +197,18 @@ def _register(family: str) -> Callable[..., Any]:
         return _like(q, q.shape[-1]), _like(k, k.shape[-1]), _like(v, v.shape[-1])
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, mask, bias, documents, blocks, *ctx.rest = inputs
+        q, k, v, mask, bias, documents, sinks, blocks, *ctx.rest = inputs
         out, lse = output
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse, mask, bias, documents, *blocks)
+        ctx.save_for_backward(q, k, v, out, lse, mask, bias, documents, sinks, *blocks)
 
     def differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, out, lse, mask, bias, documents, *blocks = ctx.saved_tensors
-        nothing = (None, None, None, [None] * len(blocks), *(None for _ in ctx.rest))
+        q, k, v, out, lse, mask, bias, documents, sinks, *blocks = ctx.saved_tensors
+        nothing = (None, None, None, None, [None] * len(blocks), *(None for _ in ctx.rest))
         if grad is None:
             return None, None, None, *nothing
-        return *backward(grad, q, k, v, out, lse, mask, bias, documents, blocks, *ctx.rest), *nothing
+        return *backward(grad, q, k, v, out, lse, mask, bias, documents, sinks, blocks, *ctx.rest), *nothing
 
     forward.register_fake(fake_forward)
     backward.register_fake(fake_backward)

@@ -9,8 +9,7 @@ from attnplan.ir.slots import slot_band
 
 def in_band(i, j, low, high):
     """Which of rows i and keys j meet: ``low <= i - j <= high``, None being no limit."""
-    seen = (i == i) & (j == j)
-    seen = seen if low is None else seen & (i - j >= low)
+    seen = (i == i) & (j == j) if low is None else i - j >= low
     return seen if high is None else seen & (i - j <= high)
 
 

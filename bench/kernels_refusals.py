@@ -1,0 +1,184 @@
+"""Tries by hand what backends refuse: how many refusals of the catalogue's specs are wrong. Target: at most 2 %.
+
+    python -m bench.kernels_refusals --gpu --budget 120 --json bench/results/refusals-fa4-h100.json
+    python -m bench.kernels_refusals --json /tmp/tiny.json --budget 20       on the CPU
+
+A refusal is tried by running the plan that it forbids, and comparing output, LSE and gradients with float64 as
+cross-validation does. It was wrong if all of that agrees. What a machine or a rule of ours forbids, and no kernel, is
+counted apart: a package that is missing, a flag of the process, dropout masks that depend on the plan. A kernel that
+was forced may leave the device unusable, or never return: tries run in a process of their own, replaced where it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from queue import Empty, Queue
+from typing import Any
+
+import torch
+
+from attnplan.backends import registry
+from attnplan.cost import Target, resolve
+from attnplan.search import Found, Option, _options
+from attnplan.testing.catalogue import Case, catalogue
+from attnplan.testing.matrix import AGREES
+from attnplan.testing.numbers import Call
+from attnplan.testing.validate import _Comparison, _result
+from bench.kernels_clock import Ledger, Row
+
+OURS = (
+    "is not installed", "import of", "runs only when asked for", "was asked for", "process-wide flag", "draws dropout",
+    "all are whole", "nothing here is cut into tiles", "looks masks up in at most", "deterministic=True",
+    "needs compute capability", "runs up to compute capability", "more than the device's", "are Triton kernels",
+)  # fmt: skip
+"""What no kernel can be asked about here."""
+_ORDINARY = re.compile(r"%?\d[\d.,]*|'[^']*'|`[^`]*`|for .*$|window\(.*$")
+
+
+def kind(reason: str) -> str:
+    """Return a reason without the numbers and patterns of one spec.
+
+    Examples
+    --------
+    >>> kind("cuDNN takes no mask, %3 needs one for window(20)"), kind("needs head_dim <= 256, the spec has 320")
+    ('cuDNN takes no mask, # needs one #', 'needs head_dim <= # the spec has #')
+    """
+    return _ORDINARY.sub("#", reason)
+
+
+def refusals(case: Case, target: Target) -> Iterator[tuple[Option, list[str]]]:
+    """Iterate over what refuses a spec, with the reasons that a kernel can be asked about."""
+    for name, backend in registry().backends.items():
+        if name in ("reference", "compiled"):
+            continue
+        for option in _options(case.spec, target, name, "auto"):
+            if option[1] is backend and option[3].reasons and option[2].runs:
+                yield option, [r for r in option[3].reasons if not any(o in r for o in OURS)]
+
+
+def tries(cases: list[Case], target: Target) -> Iterator[tuple[Case, Option, list[str]]]:
+    """Iterate over the refusals to try: of each spec and schedule one for each set of reasons."""
+    for case in cases:
+        seen = set()
+        for option, reasons in refusals(case, target):
+            key = (option[1].name, option[2].name, *sorted(map(kind, reasons)))
+            if key not in seen:
+                seen.add(key)
+                yield case, option, reasons
+
+
+def attempt(case: Case, option: Option, reasons: list[str], target: Target) -> Row:
+    """Run what was refused, and say how it did."""
+    lowered, backend, schedule, candidate = option
+    row: Row = {"spec": case.name, "plan": candidate.name, "reasons": reasons}
+    if len(reasons) < len(candidate.reasons) or not reasons:
+        return row | {"verdict": "not the kernel's"}
+    comparison = _Comparison(Call.random(case.called, case.operands, str(target.torch_device), 0))
+    found = _result(candidate, Found(lowered, candidate, backend, schedule, ()), case.spec, target, comparison, 1)
+    verdict = "wrong" if found.status == AGREES else "right"
+    return row | {"verdict": verdict, "status": found.status, "worst": found.worst, "said": found.reasons[:1]}
+
+
+def child(on_gpu: bool, skip: int) -> None:
+    """Try one refusal after the other, a line for each; stop where the device does."""
+    target = resolve("cuda" if on_gpu else "cpu")
+    for number, (case, option, reasons) in enumerate(tries(cases_of(on_gpu), target)):
+        if number < skip:
+            continue
+        print(json.dumps({"begun": number, "spec": case.name, "plan": option[3].name, "reasons": reasons}), flush=True)
+        row = attempt(case, option, reasons, target)
+        print(json.dumps({"done": number, "row": row}, default=str), flush=True)
+        if on_gpu:
+            torch.cuda.synchronize()  # raises where a kernel has left the device unusable
+    print(json.dumps({"finished": True}), flush=True)
+
+
+def cases_of(on_gpu: bool) -> list[Case]:
+    """Return the specs, in an order in which any first part is mixed."""
+    cases = list(catalogue(*(("large", "bfloat16") if on_gpu else ("small", "float32"))).values())
+    return [c for start in range(7) for c in cases[start::7]]
+
+
+def lines(skip: int, ledger: Ledger, on_gpu: bool) -> Iterator[dict[str, Any]]:
+    """Run a child from a number on and yield what it says, until it ends, hangs, or the budget is spent."""
+    command = [sys.executable, "-m", "bench.kernels_refusals", "--child", str(skip), *(["--gpu"] if on_gpu else [])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    said: Queue[str | None] = Queue()
+
+    def listen() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said.put(line)
+        said.put(None)
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        while True:
+            try:
+                line = said.get(timeout=min(ledger.each, max(0.1, ledger.until - time.monotonic())))
+            except Empty:
+                return
+            if line is None:
+                return
+            if line.startswith("{"):
+                yield json.loads(line)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def run(ledger: Ledger, on_gpu: bool) -> None:
+    """Try everything, with a new process after each that ended early."""
+    skip, finished = 0, False
+    while not finished and not ledger.spent:
+        begun: dict[str, Any] | None = None
+        for said in lines(skip, ledger, on_gpu):
+            if "begun" in said:
+                begun = said
+            elif "done" in said:
+                begun, skip = None, said["done"] + 1
+                ledger.add(said["row"])
+            finished = finished or "finished" in said
+        if finished or ledger.spent:
+            break
+        if begun is None:  # it never began: nothing to leave out, so trying again would not help
+            ledger.add({"verdict": "not tried", "said": "the process ended before its first try"})
+            break
+        row = {n: begun[n] for n in ("spec", "plan", "reasons")}
+        ledger.add({**row, "verdict": "right", "status": "crashed", "said": "its process ended, or never returned"})
+        skip = begun["begun"] + 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--budget", type=float, default=120.0, help="seconds after which nothing is begun")
+    parser.add_argument("--each", type=float, default=40.0, help="seconds that one try may take")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child is not None:
+        child(given.gpu, given.child)
+        return
+    ledger = Ledger(given.json, given.budget, given.each, on_gpu=given.gpu)
+    run(ledger, given.gpu)
+    verdicts = Counter(row["verdict"] for row in ledger.found["rows"])
+    tried = verdicts["right"] + verdicts["wrong"]
+    print(f"{tried} refusals tried, {verdicts['wrong']} wrong ({100 * verdicts['wrong'] / max(1, tried):.1f} %); "
+          f"{verdicts.total() - tried} not the kernels'")  # fmt: skip
+    for row in ledger.found["rows"]:
+        if row["verdict"] == "wrong":
+            print(f"  wrong: {row['spec']}, {row['plan']}: {'; '.join(row['reasons'])}")
+
+
+if __name__ == "__main__":
+    main()
