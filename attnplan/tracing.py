@@ -70,11 +70,13 @@ class Traced:
 
     def _is_taken_up(self) -> bool:
         """Return whether a trace takes up the program itself, which is then emitted ahead of it."""
+        if getattr(self._backend, "inlines", False):
+            return True
         if any(isinstance(node.op, Take | Merge | Mix) for node in self.graph):
             return False
         (node, op), *more = self.graph.of(Attend)
-        if more or getattr(self._backend, "inlines", False):
-            return not more
+        if more:
+            return False
         q, k = (n.type.rows for n in self.graph.args(node)[:2])
         return op.tile is None and slot_condition(op, q, k) != "mask"
 

@@ -1,5 +1,7 @@
 """The ``compiled`` backend: numbers beside the float64 oracle, one program for a structure, refusals with reasons."""
 
+import inspect
+from typing import get_args
 from unittest import mock
 
 import attrs
@@ -11,7 +13,9 @@ import attnplan
 from attnplan import AttentionSpec, Dim, NoBackendError, SpecError
 from attnplan import patterns as P
 from attnplan.backends import compiled
+from attnplan.backends.compiled import emit
 from attnplan.patterns import Shape
+from attnplan.runtime import flex
 from attnplan.runtime.compiling import COMPILED
 from attnplan.runtime.conditions import condition
 from tests.running import TOLERANCES, Call
@@ -49,6 +53,7 @@ CASES = {
     "dilation": (spec_of(P.dilated(30, 3)), {}),
     "value_dim": (spec_of(P.window(9), value_dim=5), {}),
     "documents": (spec_of(P.documents(), 90, causal=True), {"documents": torch.tensor([[0, 31, 90], [0, 89, 90]])}),
+    "no key at all": (spec_of(P.padding()), {"key_padding": torch.zeros(2, 90, dtype=torch.bool)}),
     "padding": (spec_of(P.padding()), {"key_padding": torch.arange(90) < torch.tensor([[40], [0]])}),
     "offsets": (spec_of(P.window(6), 9, q_offset=True), {"q_offset": torch.tensor([4, 60])}),
 }
@@ -145,6 +150,100 @@ def test_second_derivatives_are_refused(traced_only):
     grads = torch.autograd.grad(plan_of(spec)(q, k, v).square().sum(), (q, k, v), create_graph=True)
     with pytest.raises(RuntimeError, match="first-order gradients only"):
         sum(x.square().sum() for x in grads).backward()
+
+
+@pytest.mark.parametrize("device", ["cpu", "h100"])
+def test_what_compiles_is_a_candidate_where_candidates_are_measured(device):
+    """Seconds of compiling are no price of a call, and nothing beside the seconds of a measurement."""
+    target = attnplan.cost.resolve(device)
+    window = {"cpu": {"flex", "inductor"}, "h100": {"flex"}}[device]
+    lattice = {"cpu": {"sdpa"}, "h100": set()}[device]  # on a GPU it has not been run
+    for pattern, expected in ((P.window(100), window), (P.longnet([64, 128], [1, 2]), lattice)):
+        spec = attrs.evolve(FLASH_SPEC, pattern=pattern)
+        for measured in (False, True):
+            found = attnplan.search.search(spec, target, measured=measured)
+            schedules = {c.schedule for c in found.candidates if c.backend == "compiled" and not c.reasons}
+            assert schedules == (expected if measured else set()), (pattern, measured)
+
+
+FLASH_SPEC = AttentionSpec(seq_len=512, heads=4, head_dim=64, pattern=P.window(100), causal=True, dtype="bfloat16")
+
+
+def flash_reasons(spec, device="h100"):
+    found = attnplan.search.candidates(spec, attnplan.cost.resolve(device))
+    (one,) = (c for c in found if c.schedule == "flex-flash" and c.strategy == "dense")
+    return [reason for reason in one.reasons if "asked for" not in reason]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": "float32"}, "takes float16 and bfloat16"),
+        ({"head_dim": 80}, "head_dim == value_dim of 64 or 128"),
+        ({"value_dim": 128}, "head_dim == value_dim of 64 or 128"),
+        ({"softcap": 2.0}, "without score functions"),
+        ({"alibi_slopes": True}, "no gradients of what scores capture"),
+        ({"sink_logits": True}, "no gradient of the LSE"),
+    ],
+)
+def test_the_flash_kernel_of_flex_says_what_it_does_not_take(changes, reason):
+    assert flash_reasons(FLASH_SPEC) == []
+    (found,) = flash_reasons(attrs.evolve(FLASH_SPEC, **changes))
+    assert reason in found
+
+
+def test_the_flash_kernel_of_flex_is_for_one_generation_and_untested():
+    assert any("compute capability 9.0 only" in reason for reason in flash_reasons(FLASH_SPEC, "a100"))
+    assert not compiled.FLEX_FLASH.tested
+
+
+@pytest.mark.parametrize(("version", "refused"), [("2.11.0", True), ("2.12.1+cu130", True), ("2.13.0", False)])
+def test_the_flash_kernel_of_flex_needs_a_torch_that_has_it_whole(version, refused):
+    here = attrs.evolve(attnplan.cost.resolve("h100"), torch_device="cuda")
+    backend = compiled.Compiled()
+    with (
+        mock.patch.object(compiled.Compiled, "versions", return_value={"torch": version}),
+        mock.patch("attnplan.backends.base._version", return_value=version),
+        mock.patch("attnplan.backends.base.import_failure", return_value=None),
+    ):
+        reasons = backend.missing(compiled.FLEX_FLASH, here)
+        assert any("since torch 2.13" in reason for reason in reasons) == refused
+        assert backend.missing(compiled.FLEX_CUDA, here) == ()
+
+
+def test_flex_is_told_its_kernel_in_words_that_torch_knows(monkeypatch):
+    """Both options exclude one another, and a name that torch does not know would be no error."""
+    from torch._inductor.kernel.flex import flex_decoding
+    from torch.nn.attention import flex_attention as torch_flex
+
+    known = torch_flex.FlexKernelOptions.__annotations__
+    assert {"FORCE_USE_FLEX_ATTENTION", "BACKEND"} <= set(known)
+    assert '"FORCE_USE_FLEX_ATTENTION"' in inspect.getsource(flex_decoding._use_flex_decoding)
+    assert "FLASH" in get_args(torch_flex._Backend)
+    told = []
+    monkeypatch.setattr(flex, "flex_attention", lambda *x, kernel_options, **_: told.append(kernel_options) or x[0])
+    for kernel, length, group in (("FLASH", 512, 1), ("", 512, 1), ("", 100, 4), ("", 32, 4)):
+        options = flex.Options((length, length), (128, 128), 1.0, None, group > 1, (), kernel)
+        q, k = (mock.Mock(is_cuda=True, shape=(1, h, length, 64)) for h in (group, 1))
+        told.append(flex._kernel_options(q, k, options))
+    assert told == [{"BACKEND": "FLASH"}, None, {"FORCE_USE_FLEX_ATTENTION": True}, None]
+    options = flex.Options((64, 64), (16, 16), 1.0, None, False, (), "FLASH")
+    attend = flex.FlexAttend(P.window(9), Shape(64, 64, 4), 0, options, "cpu")
+    q = torch.zeros(1, 4, 64, 16)
+    attend.traced(q, q, q, {}, False)
+    assert told[-1] == {"BACKEND": "FLASH"}
+
+
+def test_an_lse_that_has_no_gradient_is_refused():
+    program = emit.FlexProgram(mock.Mock(table=None), "", False)
+    program.flex.like.options.kernel = "FLASH"
+    program = emit.FlexProgram(program.flex, "", False)
+    assert not program.differentiable_lse
+    q = torch.zeros(1, 1, 4, 16, requires_grad=True)
+    with pytest.raises(SpecError, match="no gradient of the LSE"):
+        program(q, q, q, {}, True)
+    assert not program.inlined.takes(q, q, q, True)
+    assert program.inlined.takes(q, q, q, False)
 
 
 def test_the_report_says_that_compiling_is_not_priced():

@@ -77,19 +77,30 @@ class Items:
     """Tile columns ``[n, width]``."""
     kept: Tensor
     """How many of the columns are kept ``[n]``."""
+    owner: Tensor
+    """Head of k and v counted over the batch ``[n]``."""
+    place: Tensor
+    """Tile of q among those of all heads ``[n]``."""
+    key_place: Tensor
+    """Tiles of k among those of all heads, one item after the other ``[n * width]``."""
     bounds: tuple[int, ...] = ()
     """Where the first tiles of rows begin, then the next, and so on; no row occurs twice between two of these."""
     step: int = 1
     """Items of one chunk."""
 
+    @property
+    def first(self) -> int:
+        """How many items hold the first tiles of a row; 0 if no row has a key."""
+        return self.bounds[min(1, len(self.bounds) - 1)]
 
-Part = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Head, row, columns and number of kept columns of some items."""
+
+Part = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Head, row, columns, number of kept columns and owner of some items."""
 
 
 def _places(part: Part, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return batch element, head, query row and key row of the scores of some items; they broadcast."""
-    head, row, columns, _ = part
+    head, row, columns, _, _ = part
     tall, wide = sizes.tile
     q_row = (row * tall).reshape(-1, 1, 1) + torch.arange(tall, device=row.device).reshape(1, -1, 1)
     k_row = columns.unsqueeze(2) * wide + torch.arange(wide, device=row.device)
@@ -101,13 +112,12 @@ def _scores(
     q: Tensor, k: Tensor, part: Part, captures: Sequence[Tensor], biases: Sequence[Tensor], like: Chunks
 ) -> tuple[Tensor, ...]:
     """Return q ``[n, R, D]``, k ``[n, C, D]``, K/V heads ``[n, 1]``, scores before and with biases, and mask."""
-    head, row, columns, kept = part
+    head, row, columns, kept, own = part
     sizes, wider = like.sizes, accumulator(q.dtype)
     wide = sizes.tile[1]
     some_q = q[head, row].to(wider)
-    group = sizes.heads // sizes.kv_heads
     batch, h, q_row, k_row = _places(part, sizes)
-    owner = (batch * sizes.kv_heads + h // group).reshape(-1, 1)
+    owner = own.unsqueeze(1)
     some_k = k[owner, columns].flatten(1, 2).to(wider)
     raw = (some_q @ some_k.transpose(1, 2)) * sizes.scale
     capped = raw if sizes.softcap is None else sizes.softcap * torch.tanh(raw / sizes.softcap)
@@ -126,12 +136,13 @@ def forward(
     row: Tensor,
     columns: Tensor,
     kept: Tensor,
+    own: Tensor,
     captures: Sequence[Tensor],
     biases: Sequence[Tensor],
     like: Chunks,
 ) -> tuple[Tensor, Tensor]:
     """Return output ``[n, R, Dv]`` and LSE ``[n, R]`` of some items; q, k and v are cut in tiles of rows."""
-    part = (head, row, columns, kept)
+    part = (head, row, columns, kept, own)
     _, _, owner, _, scores, mask = _scores(q, k, part, captures, biases, like)
     scores = torch.where(mask, scores, -torch.inf)
     top = scores.amax(-1, keepdim=True)
@@ -155,6 +166,7 @@ def backward(
     row: Tensor,
     columns: Tensor,
     kept: Tensor,
+    own: Tensor,
     captures: Sequence[Tensor],
     biases: Sequence[Tensor],
     like: Chunks,
@@ -163,7 +175,7 @@ def backward(
 
     Where there are biases, the gradient of the scores ``[n, R, C]`` follows.
     """
-    part = (head, row, columns, kept)
+    part = (head, row, columns, kept, own)
     some_q, some_k, owner, capped, scores, mask = _scores(q, k, part, captures, biases, like)
     some_v = v[owner, columns].flatten(1, 2).to(scores.dtype)
     own_grad, own_out = grad[head, row].to(scores.dtype), out[head, row].to(scores.dtype)
@@ -252,20 +264,23 @@ class ChunkedAttend:
         cut = [_cut(x, n) for x, n in zip((q, k, v), (tall, wide, wide), strict=True)]
         rows = [_cut(grad, tall), *(_cut(x.unsqueeze(-1), tall).squeeze(-1) for x in (grad_lse,)), _cut(out, tall)]
         rows.append(_cut(lse.unsqueeze(-1), tall).squeeze(-1))
-        totals = [torch.zeros(x.shape, dtype=accumulator(q.dtype), device=q.device) for x in cut]
+        totals = [torch.zeros(x.shape, dtype=accumulator(q.dtype), device=q.device) for x in cut[1:]]
+        every = work.first == cut[0].shape[0] * cut[0].shape[1]  # rows without a key have no item
+        totals.insert(0, (torch.empty if every else torch.zeros)(cut[0].shape, dtype=totals[0].dtype, device=q.device))
         flat = [x.flatten(0, 1) for x in totals]
         biases = [x.detach() for x in pointwise(self.sizes.biases, operands, self.shift, q)]
         rest = (captures, biases, self.like)
         own = [torch.zeros(operands[n].shape, dtype=totals[0].dtype, device=q.device) for n in names]
-        for part, real in _parts(work):
+        for start, (part, real) in zip(range(0, work.bounds[-1], work.step), _parts(work), strict=True):
             dq, dk, dv, *slope = self.like.backward(_shapes((*captures, *biases)), *rows, *cut, *part, *rest)
             for total, x in zip(own, self._own_gradients(slope, part, operands, names, q), strict=True):
                 total.add_(x)
-            head, row, columns = (x[:real] for x in part[:3])
-            owner = head // self.sizes.heads * self.sizes.kv_heads
-            owner = owner + head % self.sizes.heads // (self.sizes.heads // self.sizes.kv_heads)
-            place = (owner.unsqueeze(1) * cut[1].shape[1] + columns).flatten()
-            flat[0].index_add_(0, head * cut[0].shape[1] + row, dq[:real])
+            once = min(max(work.first - start, 0), real)  # first tiles of rows: nothing is there to add to
+            stop = start + real
+            flat[0].index_copy_(0, work.place[start : start + once], dq[:once])
+            flat[0].index_add_(0, work.place[start + once : stop], dq[once:real])
+            width = part[2].shape[1]
+            place = work.key_place[start * width : stop * width]
             for total, x in ((flat[1], dk), (flat[2], dv)):
                 total.index_add_(0, place, x[:real].unflatten(1, (-1, wide)).flatten(0, 1))
         dq, dk, dv = (
@@ -309,7 +324,8 @@ def _parts(work: Items) -> Iterator[tuple[Part, int]]:
     real = work.bounds[-1]
     for start in range(0, real, work.step):
         here = slice(start, start + work.step)
-        yield (work.head[here], work.row[here], work.columns[here], work.kept[here]), min(work.step, real - start)
+        part = (work.head[here], work.row[here], work.columns[here], work.kept[here], work.owner[here])
+        yield part, min(work.step, real - start)
 
 
 def _merge(out: Tensor, lse: Tensor, head: Tensor, row: Tensor, part: Tensor, part_lse: Tensor, *, first: bool) -> None:
@@ -345,8 +361,12 @@ def items(tables: Sequence[BlockTable], batch: int, sizes: Sizes) -> Items:
     bounds = (0, *np.cumsum(np.bincount(segment)).tolist())
     padded = np.append(order, np.zeros(-len(order) % step, dtype=np.int64))
     kept = np.append(kept[order], np.zeros(len(padded) - len(order), dtype=np.int64))
-    made = [torch.from_numpy(x.astype(np.int64)) for x in (head[padded], row[padded], columns[padded], kept)]
-    return Items(made[0], made[1], made[2], made[3], bounds, step)
+    head, row, columns = head[padded], row[padded], columns[padded]
+    owner = head // sizes.heads * sizes.kv_heads + head % sizes.heads // (sizes.heads // sizes.kv_heads)
+    places = (head * grid.rows + row, (owner[:, None] * grid.columns + columns).reshape(-1))
+    made = (torch.from_numpy(x.astype(np.int64)) for x in (head, row, columns, kept, owner, *places))
+    names = ("head", "row", "columns", "kept", "owner", "place", "key_place")
+    return Items(**dict(zip(names, made, strict=True)), bounds=bounds, step=step)
 
 
 def _of_head(table: BlockTable, number: int, head: int, width: int) -> tuple[np.ndarray, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import types
 from collections import Counter, OrderedDict
@@ -73,16 +74,20 @@ class CompileReport:
         Why it broke graphs, and how often.
     recompiles
         Functions that were compiled more than once: how often, and the guard that failed last.
+    lattices
+        Lattices of the ``compiled`` backend that traces take up; a few may be, others are one operator.
     """
 
     programs: dict[str, int]
     graphs: int
     breaks: dict[str, int]
     recompiles: dict[str, tuple[int, str]]
+    lattices: int = 0
 
     def __str__(self) -> str:
         lines = [f"{self.graphs} graphs compiled, {sum(self.programs.values())} of them programs of plans"]
         lines += [f"  {count} x {title}" for title, count in self.programs.items()]
+        lines += [f"  {self.lattices} lattices are taken up by traces"] if self.lattices else []
         lines += [f"  compiled {n} times: {where}; last because {why}" for where, (n, why) in self.recompiles.items()]
         lines += [f"  {count} graph breaks: {reason}" for reason, count in self.breaks.items()]
         return "\n".join(lines)
@@ -105,7 +110,9 @@ def report() -> CompileReport:
         if why:
             where = f"{one.co_name} ({one.co_filename}:{one.co_firstlineno})"
             recompiles[where] = (recompiles.get(where, (1, ""))[0] + 1, str(why))
-    return CompileReport(dict(COMPILED), counters["stats"]["unique_graphs"], dict(counters["graph_break"]), recompiles)
+    counts = (counters["stats"]["unique_graphs"], dict(counters["graph_break"]))
+    lattices = sys.modules.get("attnplan.runtime.lattice_programs")  # which imports this module
+    return CompileReport(dict(COMPILED), *counts, recompiles, 0 if lattices is None else lattices.count_taken_up())
 
 
 def _layout(x: Tensor) -> tuple[Any, ...]:

@@ -40,6 +40,8 @@ class Options:
     grouped: bool
     biases: tuple[str, ...] = ()
     """Operands that are added to scores."""
+    kernel: str = ""
+    """``"FLASH"`` for flash-attn 4 instead of Triton."""
 
 
 class Structure:
@@ -108,11 +110,18 @@ def run(
         scale=options.scale,
         enable_gqa=options.grouped,
         return_aux=asked,
-        kernel_options={"FORCE_USE_FLEX_ATTENTION": True} if _outgrows_decoding(q, k, options) else None,
+        kernel_options=_kernel_options(q, k, options),
     )
     if return_lse:
         return result[0], result[1].lse
     return result, None
+
+
+def _kernel_options(q: Tensor, k: Tensor, options: Options) -> Any:
+    """Return what FlexAttention is told about its kernel; the two options exclude one another."""
+    if options.kernel:
+        return {"BACKEND": options.kernel}
+    return {"FORCE_USE_FLEX_ATTENTION": True} if _outgrows_decoding(q, k, options) else None
 
 
 def _outgrows_decoding(q: Tensor, k: Tensor, options: Options) -> bool:

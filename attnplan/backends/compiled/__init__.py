@@ -13,9 +13,11 @@ from typing import ClassVar
 import attrs
 
 from attnplan.backends.base import Backend, Schedule
+from attnplan.backends.eager import CUDNN, FLASH_CPU, FLASH_CUDA, Eager
 from attnplan.backends.limits import TF32
-from attnplan.cost import Device, KernelModel
-from attnplan.ir import Attend, Graph, Merge, Mix, Take
+from attnplan.cost import Device, KernelModel, Target
+from attnplan.ir import Attend, Graph, Merge, Mix, Node, Take
+from attnplan.ir.slots import slot_condition
 from attnplan.patterns.bands import Band, Full
 from attnplan.patterns.base import conjuncts
 from attnplan.patterns.operands import Documents, Padding
@@ -36,6 +38,16 @@ FLEX_CUDA = Schedule(
     title="FlexAttention",
     tile=(128, 128),
     chunk=None,
+    tested="H100",
+)
+FLEX_FLASH = Schedule(
+    name="flex-flash",
+    kernel=KernelModel(efficiency=0.55, tile=128, native=frozenset({"mask"}), skips=True),
+    title="FlexAttention's FLASH kernel",
+    tile=(128, 128),
+    chunk=None,
+    packages=("flash-attn-4",),
+    modules=("flash_attn.cute.interface",),
 )
 INDUCTOR_CPU = Schedule(
     name="inductor",
@@ -46,25 +58,64 @@ INDUCTOR_CPU = Schedule(
     tested="CPU",
 )
 
+FLASH_SINCE = (2, 13)
+"""Earlier versions of torch hand masks to its kernels that flash-attn 4 reads in another way."""
+_FLASH_WIDTHS = (64, 128)
+
+
+def _around(kernel: Schedule, name: str) -> Schedule:
+    """Return a schedule of one of torch's own kernels, around which Inductor fuses what takes and joins rows."""
+    return Schedule(
+        name=name,
+        kernel=attrs.evolve(kernel.kernel, key=kernel.runs, native=frozenset()),
+        title=f"{kernel.title}, lattices fused around it",
+        chunk=None,
+        tested="CPU" if kernel is FLASH_CPU else "",
+    )
+
+
+LATTICES = {"sdpa": FLASH_CPU, "sdpa-cudnn": CUDNN, "sdpa-flash": FLASH_CUDA}
+"""The kernel of each schedule for lattices: one of the ``eager`` backend, whose limits hold here, too."""
+SDPA_CPU, SDPA_CUDNN, SDPA_FLASH = (_around(kernel, name) for name, kernel in LATTICES.items())
+
 
 @attrs.frozen(cache_hash=True)
 class Compiled(Backend):
-    """Schedules: ``flex``, FlexAttention; ``inductor``, gathered tiles for the CPU.
+    """Schedules: ``flex``, ``flex-flash``: FlexAttention; ``inductor``: gathered tiles on the CPU; ``sdpa``: lattices.
 
     It is not chosen by ``backend="auto"``: the first call compiles for seconds, which no prediction of a call holds.
+    With ``tune=True`` the schedules that have been run on a kind of device are measured beside the others, compiled.
     """
 
     name: ClassVar[str] = "compiled"
     emitter: ClassVar[str] = "attnplan.backends.compiled.emit"
     automatic: ClassVar[bool] = False
+    compiles: ClassVar[bool] = True
     inlines: ClassVar[bool] = True
     """Whether a trace takes up the program itself."""
     note: ClassVar[str] = "compiled once for each structure, at the first call: seconds that are not priced"
 
     def schedules(self, device: Device) -> tuple[Schedule, ...]:
-        return (FLEX_CPU, INDUCTOR_CPU) if device.kind == "cpu" else (FLEX_CUDA,)
+        return (
+            (FLEX_CPU, INDUCTOR_CPU, SDPA_CPU)
+            if device.kind == "cpu"
+            else (FLEX_CUDA, FLEX_FLASH, SDPA_CUDNN, SDPA_FLASH)
+        )
+
+    def missing(self, schedule: Schedule, target: Target) -> tuple[str, ...]:
+        """Return why this machine cannot run a schedule: see :meth:`~attnplan.backends.base.Backend.missing`."""
+        reasons = super().missing(schedule, target)
+        version = self.versions()["torch"]
+        if schedule.name == "flex-flash" and target.torch_device is not None and version is not None:
+            release = tuple(int(n) for n in version.split(".")[:2])
+            if release < FLASH_SINCE:
+                needed = ".".join(map(str, FLASH_SINCE))
+                reasons += (f"FlexAttention's FLASH kernel is complete since torch {needed}, this is {version}",)
+        return reasons
 
     def refuse(self, graph: Graph, spec: AttentionSpec, schedule: Schedule, device: Device) -> tuple[str, ...]:
+        if schedule.name in LATTICES:
+            return tuple(_lattice_reasons(graph, spec, schedule, device))
         return tuple(_reasons(graph, spec, schedule, device))
 
 
@@ -85,8 +136,10 @@ def _reasons(graph: Graph, spec: AttentionSpec, schedule: Schedule, device: Devi
         yield "its masks count rows and heads from 0, the inputs of this graph are some rows of the sequence only"
     if op.boxes is not None:
         yield "its tiles are runs of rows, those of this graph are boxes of a grid"
-    if schedule.name == "flex":
+    if schedule.name in ("flex", "flex-flash"):
         yield from _flex_reasons(op, spec, device)
+    if schedule.name == "flex-flash":
+        yield from _flash_reasons(op, spec, device)
 
 
 def _flex_reasons(op: Attend, spec: AttentionSpec, device: Device) -> Iterator[str]:
@@ -107,3 +160,61 @@ def _flex_reasons(op: Attend, spec: AttentionSpec, device: Device) -> Iterator[s
     arrives = op.shift is None or len(fixed) < len(terms)
     if arrives and len({tuple(t.head_key(h) for t in terms) for h in range(spec.heads)}) > 1:
         yield "heads differ, and tables that follow the data of a call are the same for all heads"
+
+
+def _flash_reasons(op: Attend, spec: AttentionSpec, device: Device) -> Iterator[str]:
+    """Yield what FlexAttention's FLASH kernel does not take; gradients of captures and of the LSE it has not."""
+    kernel = "FlexAttention's FLASH kernel"
+    if device.capability != (9, 0):
+        yield f"{kernel} was made ready for compute capability 9.0 only, where a tile of the mask is one of its own"
+    if spec.dtype not in ("float16", "bfloat16"):
+        yield f"{kernel} takes float16 and bfloat16, the spec has {spec.dtype}"
+    if spec.head_dim != spec.value_dim or spec.head_dim not in _FLASH_WIDTHS:
+        widths = " or ".join(map(str, _FLASH_WIDTHS))
+        yield f"{kernel} takes head_dim == value_dim of {widths}, the spec has {spec.head_dim} and {spec.value_dim}"
+    if op.biases:
+        yield f"{kernel} has no gradients of what scores capture, the spec has {' and '.join(op.biases)}"
+    if op.softcap is not None:
+        yield f"{kernel} is used without score functions, the spec has softcap={op.softcap}"
+    if spec.sink_logits:
+        yield f"{kernel} has no gradient of the LSE, which sink logits need"
+
+
+def _lattice_reasons(graph: Graph, spec: AttentionSpec, schedule: Schedule, device: Device) -> Iterator[str]:
+    if not graph.of(Take):
+        yield "it fuses around rows that are taken apart, and this graph takes none apart"
+        return
+    yield from Eager().refuse(graph, spec, LATTICES[schedule.name], device)
+    if not spec.is_static:
+        yield "each length would be compiled by itself, which takes seconds, and the spec has open lengths"
+    if spec.operands:
+        yield f"its lattices take no data with a call, the spec has {', '.join(sorted(spec.operands))}"
+    output = graph.output.op
+    if getattr(output, "loop", None) is not None:
+        yield "each piece of a loop would be compiled by itself"
+    result = graph[graph.output.args[0]]
+    parts = graph.args(result) if isinstance(result.op, Merge | Mix) else [result]
+    if not all(isinstance(part.op, Attend) for part in parts):
+        yield f"it joins parts once, and parts of %{result.id} are joins themselves"
+        return
+    for part in parts:
+        why = _part_reason(graph, part)
+        if why:
+            yield f"%{part.id} {why}"
+            return
+
+
+def _part_reason(graph: Graph, part: Node) -> str:
+    """Return why an attend is no part of a lattice; empty if it is one."""
+    op = part.op
+    assert isinstance(op, Attend)
+    q, k = (node.type.rows for node in graph.args(part)[:2])
+    if op.at is not None:
+        return "runs over some rows of the sequence only"
+    if op.launch is not None or op.tile is not None or op.loop is not None:
+        return "runs in launches, tiles or blocks of its own"
+    if slot_condition(op, q, k) == "mask":
+        return f"needs a mask for {op.where!r}"
+    if not k.shows_rows_once:
+        return "takes rows of k more than once, whose gradients no index finds"
+    return ""

@@ -9,25 +9,34 @@ import torch
 from torch import Tensor
 
 from attnplan.backends.base import Program, Schedule
-from attnplan.ir import Attend, Graph
+from attnplan.backends.compiled import LATTICES
+from attnplan.backends.eager.places import owners, place
+from attnplan.errors import SpecError
+from attnplan.ir import Attend, Graph, Merge, Mix
+from attnplan.ir.slots import slot_condition
 from attnplan.runtime.chunks import ChunkedAttend, Sizes
 from attnplan.runtime.first_order import first_order
 from attnplan.runtime.flex import FlexAttend, Options
+from attnplan.runtime.lattice_programs import LatticeProgram
+from attnplan.runtime.lattices import Part, Recipe
 from attnplan.runtime.scores import learned, sink_gradient, sunk
 from attnplan.runtime.views import with_features_in_line
 from attnplan.spec import AttentionSpec
 
 
 def emit(graph: Graph, spec: AttentionSpec, schedule: Schedule, device: str) -> Program:
-    """Return the program that runs ``graph``, which is one attend over whole inputs, on a torch device."""
+    """Return the program that runs ``graph``, one attend over whole inputs or a lattice, on a torch device."""
+    if schedule.name in LATTICES:
+        return LatticeProgram(recipe(graph, LATTICES[schedule.name].runs))
     op = graph.of(Attend)[0][1]
     shape = spec.shape
     tile = op.tile or schedule.tile
     assert tile is not None
     lengths = (shape.seq_len, shape.kv_len)
     flex = chunked = None
-    if schedule.name == "flex":
-        options = Options(lengths, tile, op.scale, op.softcap, spec.heads != spec.kv_heads, op.biases)
+    if schedule.name in ("flex", "flex-flash"):
+        kernel = "FLASH" if schedule.name == "flex-flash" else ""
+        options = Options(lengths, tile, op.scale, op.softcap, spec.heads != spec.kv_heads, op.biases, kernel)
         flex = FlexAttend(op.where, shape, op.shift, options, device)
     if not device.startswith("cuda"):
         sizes = Sizes(tile, spec.heads, spec.kv_heads, lengths, op.scale, op.softcap, op.biases)
@@ -39,6 +48,32 @@ def emit(graph: Graph, spec: AttentionSpec, schedule: Schedule, device: str) -> 
         assert flex is not None
         return FlexProgram(flex, source, spec.sink_logits)
     return TiledProgram(flex, chunked, source, spec.sink_logits)
+
+
+def recipe(graph: Graph, kernel: str) -> Recipe:
+    """Return a lattice as plain numbers: the rows of each part, and how one join weighs it, forward and backward."""
+    result = graph[graph.output.args[0]]
+    join = result.op
+    nodes = graph.args(result) if isinstance(join, Merge | Mix) else [result]
+    known, parts = owners(graph), []
+    for i, node in enumerate(nodes):
+        op, owner = node.op, known[node.id]
+        assert isinstance(op, Attend)
+        q, k = (n.type.rows for n in graph.args(node)[:2])
+        constant = join.weight(join.branches[i]) if isinstance(join, Mix) and join.rule in ("mean", "sum") else None
+        parts.append(
+            Part(
+                place(q),
+                place(k),
+                slot_condition(op, q, k) == "causal",
+                op.scale,
+                constant,
+                own_out=owner.out != result.id,
+                own_lse=owner.lse != result.id,
+                flow=owner.weight,
+            )
+        )
+    return Recipe(kernel, tuple(parts))
 
 
 def _sunk(
@@ -58,7 +93,7 @@ class Inlined:
 
     def takes(self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> bool:
         """Return whether this call can be taken up."""
-        return True
+        return not return_lse or self.flex.like.options.kernel != "FLASH"
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
@@ -71,17 +106,28 @@ class Inlined:
 class FlexProgram:
     """FlexAttention with its own backward and LSE, on CUDA."""
 
-    differentiable_lse = True
     follows_lengths = False
 
     def __init__(self, flex: FlexAttend, source: str, sinks: bool) -> None:
         self.flex, self.source, self.sinks = flex, source, sinks
+        self.differentiable_lse = flex.like.options.kernel != "FLASH"
         self.inlined = Inlined(flex, sinks) if flex.table is None else None
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Run on q, k, v in ``[B, H, S, D]``."""
+        """Run on q, k, v in ``[B, H, S, D]``.
+
+        Raises
+        ------
+        SpecError
+            If an LSE that would need gradients is asked of a kernel that has none.
+        """
+        if return_lse and not self.differentiable_lse and torch.is_grad_enabled() and q.requires_grad:
+            raise SpecError(
+                "FlexAttention's FLASH kernel has no gradient of the LSE: call under torch.no_grad(), or use a plan of "
+                "the schedule flex"
+            )
         q, k, v = with_features_in_line(q), with_features_in_line(k), with_features_in_line(v)
         out, lse = self.flex(q, k, v, operands, return_lse or self.sinks)
         return _sunk(out, lse, operands, return_lse) if self.sinks else (out, lse)
