@@ -23,16 +23,20 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: lint
+test: lint docs
 	OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/pytest -n 2 -m 'not slow and not timing'
 	$(BIN)/pytest -m 'timing and not slow'
 
 test-slow: $(VENV)/.ready
 	$(BIN)/pytest -m slow
 
-docs: $(VENV)/.ready
+$(VENV)/.docs: $(VENV)/.ready
 	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[docs]'
-	$(BIN)/sphinx-build -b html -W --keep-going -q docs build/docs
+	touch $@
+
+# Every warning is an error, and pages that did not change are read again: a warning is never forgotten.
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build -b html -W --keep-going -q -E docs build/docs
 	@echo wrote build/docs/index.html
 
 mutants: $(VENV)/.ready

@@ -124,6 +124,7 @@ def compile(  # noqa: A001  # the public name: attnplan.compile
     tune
         Measure the best few candidates on this machine, take the fastest, and remember it in the user's cache with
         the fingerprint of the machine. ``plan.tuning`` says what was measured and how far off the model was.
+        Programs that compile for seconds at their first call are candidates here, and only here.
     deterministic
         Choose only what repeats bit for bit.
     strict
@@ -251,7 +252,9 @@ def load(path: str | Path, stale: str = "error") -> Plan:
     from attnplan.store import parse, read
 
     found = parse(read(path), str(path), fingerprint(), stale)
-    return Plan(found.spec, found.target, found.found, found.pins)
+    plan = Plan(found.spec, found.target, found.found, found.pins)
+    plan.saved = found.record
+    return plan
 
 
 def attention(

@@ -13,10 +13,10 @@ from attnplan.cli_common import (
     _JSON,
     _PLAN_OPTIONS,
     _SPEC_OPTIONS,
-    _compile,
     _echo,
     _echo_json,
     _options,
+    _plan,
     _progress,
     _spec,
     main,
@@ -54,15 +54,14 @@ def explain(file: str | None, device: str, backend: str, strategy: str, max_memo
     _alone("--mesh", mesh is not None, pinned)
     if mesh is None and (shards, transport) != ("auto", "auto"):
         raise SpecError("--shards and --transport belong to --mesh")
-    spec = _spec(file, flags)
     if mesh is not None:
-        _dry_run(spec, mesh, device, shards, transport, as_json)
+        _dry_run(_spec(file, flags), mesh, device, shards, transport, as_json)
         return
     if what_if:
         options = {"device": device, "backend": backend, "strategy": strategy, "max_memory": max_memory}
-        _what_if(spec, options, what_if, as_json)
+        _what_if(_spec(file, flags), options, what_if, as_json)
         return
-    plan = _compile(spec, device, backend, strategy, max_memory)
+    plan = _plan(file, flags, device, backend, strategy, max_memory)
     if save is not None:
         plan.save(save)
     if ir is not None:
@@ -95,13 +94,13 @@ def _alone(name: str, given: bool, others: dict[str, Any]) -> None:
 
 
 def _what_if(spec: AttentionSpec, options: dict[str, Any], texts: tuple[str, ...], as_json: bool) -> None:
-    from attnplan import compare
+    from attnplan import what_if
 
-    rows = compare.what_if(spec, options, [change for text in texts for change in compare.parse_changes(text)])
+    rows = what_if.what_if(spec, options, [change for text in texts for change in what_if.parse_changes(text)])
     if as_json:
-        _echo_json(compare.rows_facts(rows))
+        _echo_json(what_if.facts(rows))
     else:
-        _echo(compare.render_rows(rows))
+        _echo(what_if.render(rows))
 
 
 def _after(plan: Any, name: str) -> str:
@@ -121,8 +120,9 @@ def _after(plan: Any, name: str) -> str:
 def run(file: str | None, device: str, backend: str, strategy: str, max_memory: str | None, repeat: int,
         backward: bool, seed: int, as_json: bool, **flags: Any) -> None:  # fmt: skip
     """Run a plan on random inputs and compare the time with the prediction."""
-    spec = _spec(file, {**flags, "training": True if backward else flags["training"]})
-    plan = _compile(spec, device, backend, strategy, max_memory)
+    plan = _plan(
+        file, {**flags, "training": True if backward else flags["training"]}, device, backend, strategy, max_memory
+    )
     times = _timed(plan, repeat, seed, backward)
     measured = statistics.median(times)
     result = {
@@ -185,7 +185,7 @@ def verify(file: str | None, device: str, backend: str, strategy: str, max_memor
     if asked.wanted(file, flags, pinned=(backend, strategy, max_memory) != ("auto", "auto", None)):
         asked.run(lambda: _spec(file, flags), flags["dtype"], device=device, seed=seed, repeat=repeat)
         return
-    plan = _compile(_spec(file, flags), device, backend, strategy, max_memory)
+    plan = _plan(file, flags, device, backend, strategy, max_memory)
     with _progress(None, "verifying"):
         report = plan.verify(rows=rows, seed=seed)
     if as_json:
@@ -227,9 +227,10 @@ def devices(as_json: bool) -> None:
 @click.argument("file", required=False)
 @click.option("--spec", "spec_file", metavar="FILE", help="Say for each backend why it would refuse this spec.")
 @_options(_SPEC_OPTIONS)
+@click.option("--backend", default="all", show_default=True, metavar="NAME", help="Only what this one says.")
 @click.option("--device", default="auto", show_default=True, help="As in explain.")
 @_JSON
-def backends(file: str | None, spec_file: str | None, device: str, as_json: bool, **flags: Any) -> None:
+def backends(file: str | None, spec_file: str | None, backend: str, device: str, as_json: bool, **flags: Any) -> None:
     """List the backends, their versions and schedules; with a spec, what each says to it."""
     from attnplan.backends import registry
     from attnplan.cost import resolve
@@ -237,8 +238,10 @@ def backends(file: str | None, spec_file: str | None, device: str, as_json: bool
     if file and spec_file:
         raise SpecError(f"two specs were given, {file} and {spec_file}; leave one out")
     target = resolve(device)
+    if backend != "all" and backend not in registry().broken:
+        registry().get(backend)
     if file or spec_file or any(v is not None for v in flags.values()):
-        _echo_candidates(_spec(file or spec_file, flags), target, as_json)
+        _echo_candidates(_spec(file or spec_file, flags), target, backend, as_json)
         return
     rows: list[dict[str, Any]] = [
         {
@@ -251,6 +254,7 @@ def backends(file: str | None, spec_file: str | None, device: str, as_json: bool
         for b in registry().backends.values()
     ]
     rows += [{"name": name, "refused": [why]} for name, why in registry().broken.items()]
+    rows = [row for row in rows if backend in ("all", row["name"])]
     if as_json:
         _echo_json(rows)
         return
@@ -283,11 +287,11 @@ def _nothing_for(backend: Any, target: Any) -> list[str]:
     return [reason for name, reason in without_schedules(target.device).items() if name == backend.name]
 
 
-def _echo_candidates(spec: AttentionSpec, target: Any, as_json: bool) -> None:
+def _echo_candidates(spec: AttentionSpec, target: Any, backend: str, as_json: bool) -> None:
     from attnplan.search import candidates, without_schedules
 
-    found = candidates(spec, target)
-    rest = without_schedules(target.device)
+    found = [c for c in candidates(spec, target) if backend in ("all", c.backend)]
+    rest = {name: why for name, why in without_schedules(target.device).items() if backend in ("all", name)}
     if as_json:
         _echo_json([
             *({"name": c.name, "seconds": c.prediction.seconds if c.prediction else None, "refused": list(c.reasons)}
@@ -295,7 +299,7 @@ def _echo_candidates(spec: AttentionSpec, target: Any, as_json: bool) -> None:
             *({"name": name, "seconds": None, "refused": [why]} for name, why in rest.items()),
         ])  # fmt: skip
         return
-    width = max(len(c.name) for c in found)
+    width = max(map(len, [*(c.name for c in found), *rest]), default=0)
     for c in found:
         says = format_seconds(c.prediction.seconds) if c.prediction else f"refused   {c.reasons[0]}"
         _echo(f"{c.name:<{width}}  {says}\n")
@@ -303,6 +307,9 @@ def _echo_candidates(spec: AttentionSpec, target: Any, as_json: bool) -> None:
             _echo(f"{'':<{width}}            {reason}\n")
     for name, why in rest.items():
         _echo(f"{name:<{width}}  refused   {why}\n")
+    bases = dict.fromkeys(c.prediction.basis for c in found if c.prediction)
+    if bases:
+        _echo(f"predictions: {', '.join(bases)}\n")
 
 
 if __name__ == "__main__":

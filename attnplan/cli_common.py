@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -18,9 +19,11 @@ from attnplan.errors import (
     MemoryBudgetError,
     NoBackendError,
     RingError,
+    SpecError,
     VerifyError,
 )
 from attnplan.spec import DTYPES, LAYOUTS, AttentionSpec
+from attnplan.units import parse_count
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,13 +34,24 @@ _EXITS: tuple[tuple[tuple[type[AttnPlanError], ...], int], ...] = (
     ((AttnPlanError,), EXIT_BAD_INPUT),
 )
 
+
+def _count(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Read a number of rows as people write it: 65536, 64k, 1m."""
+    if value is None:
+        return None
+    try:
+        return int(value)
+    except ValueError:
+        return parse_count(value)
+
+
 _SPEC_OPTIONS = (
-    click.option("--seq-len", type=int, metavar="S", help="Query rows."),
+    click.option("--seq-len", callback=_count, metavar="S", help="Query rows, such as 65536 or 64k."),
     click.option("--heads", type=int, metavar="H", help="Query heads."),
     click.option("--head-dim", type=int, metavar="D", help="Features of q and k."),
     click.option("--pattern", metavar="EXPR", help='Such as "window(512) | sinks(4)" or "longnet([2048], [1])".'),
     click.option("--causal/--no-causal", default=None, help="Only keys at or before the query's position."),
-    click.option("--kv-len", type=int, metavar="K", help="Keys; default: the queries."),
+    click.option("--kv-len", callback=_count, metavar="K", help="Keys; default: the queries."),
     click.option("--kv-heads", type=int, metavar="H", help="Key/value heads; default: the query heads."),
     click.option("--value-dim", type=int, metavar="D", help="Features of v; default: those of q."),
     click.option("--batch", type=int, metavar="B", help="Batch size to price and run."),
@@ -70,9 +84,46 @@ def _spec(file: str | None, flags: dict[str, Any]) -> AttentionSpec:
     given = {name: value for name, value in flags.items() if value is not None}
     if file is None:
         return AttentionSpec.from_dict({"dtype": "bfloat16", **given})
+    if _is_plan(file):
+        raise SpecError(f"{file} is a saved plan, and this needs a spec: name the spec's file")
     text = sys.stdin.read() if file == "-" else None
     spec = AttentionSpec.from_file(file) if text is None else AttentionSpec.from_text(text, name="standard input")
     return AttentionSpec.from_dict({**spec.to_dict(), **given}) if given else spec
+
+
+def _plan(
+    file: str | None,
+    flags: dict[str, Any],
+    device: str = "auto",
+    backend: str = "auto",
+    strategy: str = "auto",
+    max_memory: str | None = None,
+) -> Any:
+    """Return the plan that a file holds, or the plan of the spec that a file and flags say.
+
+    A plan of other versions is taken as it is.
+    """
+    if file is None or not _is_plan(file):
+        return _compile(_spec(file, flags), device, backend, strategy, max_memory)
+    pins = {"device": device, "backend": backend, "strategy": strategy, "max_memory": max_memory}
+    given = [n for n, value in {**flags, **pins}.items() if value not in (None, "auto")]
+    if given:
+        option = f"--{given[0].replace('_', '-')}"
+        raise SpecError(
+            f"{file} is a saved plan, for which {option} has no effect: leave it out, or name the spec's file"
+        )
+    from attnplan.api import load
+
+    return load(file, stale="keep")
+
+
+def _is_plan(path: str) -> bool:
+    """Return whether a file is a saved plan: anything else is a spec, or what its own reader says is wrong."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and "attnplan_plan" in data
 
 
 def _compile(spec: AttentionSpec, device: str, backend: str, strategy: str, max_memory: str | None) -> Any:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from attnplan.cli_common import _JSON, _SPEC_OPTIONS, _echo, _echo_json, _options, main
+from attnplan.cli_common import _JSON, _SPEC_OPTIONS, _echo, _echo_json, _is_plan, _options, _plan, main
 from attnplan.errors import SpecError, did_you_mean
 from attnplan.spec import AttentionSpec
 
@@ -26,26 +25,16 @@ def diff_plans(a: str, b: str | None, device: str, device_b: str | None, as_json
 
     if b is None and device_b is None:
         raise SpecError("diff needs a second file, or --device-b to plan the first one for another device")
-    found = diff(_plan(a, device), _plan(b or a, device_b or device))
+    found = diff(*(_side(*side) for side in ((a, device), (b or a, device_b or device))))
     if as_json:
         _echo_json(found)
     else:
         _echo(render(found))
 
 
-def _plan(path: str, device: str) -> Any:
-    """Return the plan that a file holds, or the plan of the spec that it holds."""
-    from attnplan.api import compile, load  # noqa: A004
-
-    return load(path, stale="keep") if _is_plan(path) else compile(AttentionSpec.from_file(path), device)
-
-
-def _is_plan(path: str) -> bool:
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False  # a spec in TOML, or a file whose own reader says what is wrong
-    return isinstance(data, dict) and "attnplan_plan" in data
+def _side(path: str, device: str) -> Any:
+    """Return the plan that a file holds, or that of its spec; a saved plan has a device already."""
+    return _plan(path, {}, "auto" if _is_plan(path) else device)
 
 
 @main.command("suggest")

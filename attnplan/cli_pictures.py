@@ -17,6 +17,7 @@ from attnplan.cli_common import (
     _echo,
     _echo_json,
     _options,
+    _plan,
     _spec,
     main,
 )
@@ -154,7 +155,7 @@ def write_report(file: str | None, output: str, device: str, backend: str, strat
     """Write everything about a plan into one HTML file that needs nothing else. Needs matplotlib."""
     from attnplan.report import report
 
-    plan = _compile(_spec(file, flags), device, backend, strategy, max_memory)
+    plan = _plan(file, flags, device, backend, strategy, max_memory)
     page = report(plan)
     try:
         Path(output).write_text(page, encoding="utf-8")

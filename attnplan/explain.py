@@ -12,11 +12,12 @@ from attnplan.ir import Attend, Graph, Input, Merge, Mix, Node, Output, Receive,
 from attnplan.ir.slots import slot_condition
 from attnplan.search import Candidate
 from attnplan.spec import AttentionSpec, Dim
-from attnplan.units import format_bytes, format_count, format_factor, format_seconds
+from attnplan.units import format_bytes, format_count, format_factor, format_number, format_seconds
 
 if TYPE_CHECKING:
     from attnplan.measure import Measured
     from attnplan.plan import Plan
+    from attnplan.store import Record
 
 SCHEMA = 2
 """Version of the dict that :func:`facts` returns; docs/explain.md says what every key holds."""
@@ -35,8 +36,8 @@ def facts(plan: Plan, measured: Measured | None = None) -> dict[str, Any]:
     Returns
     -------
     dict
-        Keys: ``schema``, ``spec``, ``device``, ``choice``, ``measured``, ``tuning``, ``does``, ``mask``, ``passes``,
-        ``ops``, ``others``. See ``docs/explain.md``.
+        Keys: ``schema``, ``spec``, ``device``, ``choice``, ``measured``, ``tuning``, ``saved``, ``does``, ``mask``,
+        ``passes``, ``ops``, ``others``. See ``docs/explain.md``.
     """
     require_one_device(plan, "this page")
     chosen = next(c for c in plan.candidates if c.prediction is plan.predicted)
@@ -69,12 +70,27 @@ def facts(plan: Plan, measured: Measured | None = None) -> dict[str, Any]:
         },
         "measured": None if measured is None else measured.facts(),
         "tuning": None if plan.tuning is None else plan.tuning.facts(),
+        "saved": None if plan.saved is None else _saved_facts(plan.saved),
         "does": _share(plan.spec),
         "mask": mask_rows(plan.spec),
-        "passes": [{"name": s.name, "before": s.before, "after": s.after, "seconds": s.seconds} for s in plan.steps],
+        "passes": _passes(plan),
         "ops": [_op_facts(plan, n, measured) for n in plan.graph if not isinstance(n.op, Input | Output)],
         "others": [_candidate_facts(c) for c in plan.candidates if c is not chosen],
     }
+
+
+def _passes(plan: Plan) -> list[dict[str, Any]]:
+    """Return the passes that ran; of a plan from a file, those that ran when it was made."""
+    if plan.saved is not None:
+        return [
+            {"name": n, "before": before, "after": after, "seconds": None} for n, before, after in plan.saved.passes
+        ]
+    return [{"name": s.name, "before": s.before, "after": s.after, "seconds": s.seconds} for s in plan.steps]
+
+
+def _saved_facts(saved: Record) -> dict[str, Any]:
+    return {"versions": saved.fingerprint, "seconds": saved.seconds, "peak_bytes": saved.peak_bytes,
+            "basis": saved.basis}  # fmt: skip
 
 
 def require_one_device(plan: Plan, what: str) -> None:
@@ -217,6 +233,9 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         yield from _measured(found["measured"], choice)
     if found["tuning"] is not None:
         yield f"tuned      {_tuned(found['tuning'])}"
+    if found["saved"] is not None:
+        then = f"{format_seconds(found['saved']['seconds'])} ({found['saved']['basis']})"
+        yield f"saved      predicted to take {then} by {found['saved']['versions']}"
     yield f"does       {_does(found['does'])}"
     yield from _mask_and_passes(found)
     yield from _op_table(found["ops"])
@@ -233,7 +252,7 @@ def _basis(found: dict[str, Any]) -> Iterator[str]:
             f"{format_seconds(ops)} for its ops"
         )
     parts = [(memory[f"{name}_bytes"], word) for name, word in _MEMORY.items() if memory[f"{name}_bytes"]]
-    if len(parts) > 1 or memory["budget_bytes"] is not None:
+    if parts or memory["budget_bytes"] is not None:
         of = ", ".join(f"{format_bytes(size)} {word}" for size, word in parts) or "nothing"
         budget = "" if memory["budget_bytes"] is None else f"    budget {format_bytes(memory['budget_bytes'])}"
         yield f"           of the peak: {of}{budget}"
@@ -296,20 +315,15 @@ def _op_table(ops: list[dict[str, Any]]) -> Iterator[str]:
     numbers = f"{'GFLOP':>8} {'MiB':>8} {'us':>9}{extra}"
     yield f"  {'op':<{width}}  {'result':<{results}}  {numbers}  {'bound':<8} % of roofline"
     for name, o in zip(names, shown, strict=True):
-        gflop = _number(o["gflop"]) if o["gflop"] else "-"
+        gflop = format_number(o["gflop"]) if o["gflop"] else "-"
         roofline = f"{100 * o['roofline']:.0f}" if o["seconds"] else "-"
-        extra = f" {_number(o['measured_seconds'] * 1e6):>9}" if measured else ""
+        extra = f" {format_number(o['measured_seconds'] * 1e6):>9}" if measured else ""
         yield (
-            f"  {name:<{width}}  {o['result']:<{results}}  {gflop:>8} {_number(o['bytes'] / 2**20):>8} "
-            f"{_number(o['seconds'] * 1e6):>9}{extra}  {o['bound'] if o['seconds'] else '-':<8} {roofline}"
+            f"  {name:<{width}}  {o['result']:<{results}}  {gflop:>8} {format_number(o['bytes'] / 2**20):>8} "
+            f"{format_number(o['seconds'] * 1e6):>9}{extra}  {o['bound'] if o['seconds'] else '-':<8} {roofline}"
         )
     if hidden:
         yield f"  ... and {hidden} more, views or below 1 % of the time each; --json lists all"
-
-
-def _number(value: float) -> str:
-    """Write three significant digits, or the whole number where it has more."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _worth_showing(ops: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:

@@ -22,6 +22,8 @@ from attnplan.tracing import Traced
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from attnplan.store import Record
+
 _KEPT_PROGRAMS = 64
 
 
@@ -34,8 +36,8 @@ class Plan(Traced):
         What it computes.
     device : attnplan.cost.Device
         The device that it was planned for.
-    backend, schedule, strategy : str
-        The choice.
+    backend, schedule, strategy, choice : str
+        The choice; ``choice`` is all of it as reports write it, with what it is looped over to fit a budget.
     graph : attnplan.ir.Graph
         The program after all passes; for a spec with open lengths, at their maximum.
     steps : tuple of attnplan.passes.Step
@@ -46,6 +48,8 @@ class Plan(Traced):
         ``seconds`` and ``peak_bytes`` of one call.
     tuning : attnplan.tune.Tuning or None
         What was measured to choose it; None for a choice by price.
+    saved : attnplan.store.Record or None
+        Of a plan that was read from a file: what was predicted when it was saved.
     """
 
     def __init__(
@@ -69,9 +73,11 @@ class Plan(Traced):
         self.candidates: tuple[Candidate, ...] = found.candidates
         assert found.candidate.prediction is not None
         self.predicted: Prediction = found.candidate.prediction
+        self.choice: str = found.candidate.name
         self.pins = dict(pins)
         self.strict, self.deterministic = strict, deterministic
         self.tuning: Any = None
+        self.saved: Record | None = None
         self._backend: Backend = found.backend
         self._schedule: Schedule = found.schedule
         self._programs: OrderedDict[tuple[int, int], Program] = OrderedDict()
@@ -340,7 +346,7 @@ class Plan(Traced):
         SpecError
             If the pattern holds a Python function, or the file cannot be written.
         """
-        text = self._text()
+        text = self._text(recorded=True)
         try:
             Path(path).write_text(text, encoding="utf-8")
         except OSError as error:
@@ -422,12 +428,12 @@ class Plan(Traced):
         """Raise: a plan on one device has no shards; see :class:`~attnplan.plan_ring.RingPlan`."""
         raise RingError("this plan has no mesh: compile with mesh= to run over several ranks")
 
-    def _text(self) -> str:
+    def _text(self, *, recorded: bool = False) -> str:
         """Return the text of the plan's file, which an exported program carries."""
         from attnplan.api import fingerprint
         from attnplan.store import dump
 
-        return dump(self, fingerprint())
+        return dump(self, fingerprint(), recorded=recorded)
 
     # What torch.compiler.assume_constant_result sets: a trace calls this, and does not look inside.
     _text._dynamo_marked_constant = True  # type: ignore[attr-defined]

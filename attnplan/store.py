@@ -1,13 +1,15 @@
 """Plans as files: data only, with a schema, a checksum and a proof.
 
 A file holds the spec, the choice and the graph as text. Reading one parses data and executes nothing; the graph is
-type-checked, and its coverage proved against the spec, as if a pass had just built it.
+type-checked, and its coverage proved against the spec, as if a pass had just built it. What was predicted when the
+plan was made stands beside them as a record: it is shown, and decides nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,10 +18,11 @@ import attrs
 from attnplan.backends import registry
 from attnplan.cost import Target, catalogue, parameters_for, price, resolve
 from attnplan.errors import AttnPlanError, SpecError, did_you_mean
-from attnplan.ir import Graph, Input, parse_graph, print_graph
+from attnplan.fitting import title
+from attnplan.ir import Attend, Graph, Input, Output, parse_graph, print_graph
 from attnplan.ir.coverage import check_coverage, coverage, spec_coverage, spec_inputs
 from attnplan.lower import lower
-from attnplan.passes import Step
+from attnplan.passes import Chunk, Recompute, Step
 from attnplan.passes.base import Pass
 from attnplan.passes.chunk import check_pieces
 from attnplan.search import STRATEGIES, Candidate, Found, Lowered, fusion_missing
@@ -51,6 +54,72 @@ STALE = ("error", "keep")
 
 
 @attrs.frozen
+class Record:
+    """What was predicted when a plan was saved, by the versions that made it."""
+
+    fingerprint: str
+    """Those versions."""
+    choice: str
+    seconds: float
+    peak_bytes: int
+    basis: str
+    passes: tuple[tuple[str, int, int], ...]
+    """Name, ops before and ops after of each pass."""
+    candidates: Mapping[str, float | tuple[str, ...]]
+    """Predicted seconds of each way to run the spec, or the reasons why it was refused."""
+
+    def to_data(self) -> dict[str, Any]:
+        """Return it as plain data, without the fingerprint, which stands in the file already."""
+        data = attrs.asdict(self, recurse=False)
+        del data["fingerprint"]
+        candidates = {n: list(says) if isinstance(says, tuple) else says for n, says in self.candidates.items()}
+        return {**data, "passes": [list(one) for one in self.passes], "candidates": candidates}
+
+
+def record(plan: Plan, fingerprint: str) -> Record:
+    """Return what this version predicts of a plan, and of the ways that it did not take."""
+    best = plan.predicted
+    return Record(
+        fingerprint,
+        plan.choice,
+        best.seconds,
+        best.peak_bytes,
+        best.basis,
+        tuple((step.name, step.before, step.after) for step in plan.steps),
+        {c.name: c.prediction.seconds if c.prediction and not c.reasons else c.reasons for c in plan.candidates},
+    )
+
+
+def _read_record(data: Any, fingerprint: str) -> Record:
+    """Return the record that a file holds, after looking at every part of it."""
+    kinds = {"choice": str, "seconds": float, "peak_bytes": int, "basis": str, "passes": list, "candidates": dict}
+    if not isinstance(data, dict) or data.keys() != kinds.keys():
+        raise SpecError(f"'record' must hold {', '.join(kinds)}")
+    for name, kind in kinds.items():
+        if not isinstance(data[name], kind) or isinstance(data[name], bool):
+            raise SpecError(f"{name!r} of 'record' must be {kind.__name__}, got {type(data[name]).__name__}")
+    if not 0 < data["seconds"] < float("inf") or data["peak_bytes"] < 0:
+        raise SpecError("'record' must hold a positive time and a size")
+    candidates = {name: _read_says(name, says) for name, says in data["candidates"].items()}
+    passes = tuple(_read_pass(one) for one in data["passes"])
+    return Record(**{**data, "fingerprint": fingerprint, "passes": passes, "candidates": candidates})
+
+
+def _read_pass(found: Any) -> tuple[str, int, int]:
+    if not isinstance(found, list) or [type(x) for x in found] != [str, int, int]:
+        raise SpecError(f"a pass of 'record' must be a name and two counts, got {found!r}")
+    return found[0], found[1], found[2]
+
+
+def _read_says(name: str, found: Any) -> float | tuple[str, ...]:
+    if isinstance(found, float) and 0 < found < float("inf"):
+        return found
+    if isinstance(found, list) and all(isinstance(x, str) for x in found):
+        return tuple(found)
+    raise SpecError(f"candidate {name!r} of 'record' must have a time or reasons, got {found!r}")
+
+
+@attrs.frozen
 class Saved(Pass):
     """Stands in the record of passes for a graph that was read from a file."""
 
@@ -61,8 +130,8 @@ class Saved(Pass):
         return graph
 
 
-def dump(plan: Plan, fingerprint: str) -> str:
-    """Return a plan as the text of a file.
+def dump(plan: Plan, fingerprint: str, *, recorded: bool = False) -> str:
+    """Return a plan as the text of a file, with what was predicted of it if ``recorded``.
 
     Raises
     ------
@@ -81,6 +150,8 @@ def dump(plan: Plan, fingerprint: str) -> str:
         "fingerprint": fingerprint,
         "graph": print_graph(plan.graph).splitlines(),
     }
+    if recorded:
+        data["record"] = record(plan, fingerprint).to_data()
     return json.dumps({**data, "digest": _digest(data)}, indent=1) + "\n"
 
 
@@ -97,6 +168,7 @@ class Loaded:
     target: Target
     found: Found
     pins: dict[str, Any]
+    record: Record | None = None
 
 
 def read(path: str | Path) -> str:
@@ -169,9 +241,9 @@ def _checked(text: str, name: str) -> dict[str, Any]:
     for field, kind in _FIELDS.items():
         if not isinstance(data.get(field), kind):
             raise SpecError(f"{name}: {field!r} must be {kind.__name__}, got {type(data.get(field)).__name__}")
-    unknown = sorted(set(data) - set(_FIELDS))
+    unknown = sorted(set(data) - {*_FIELDS, "record"})
     if unknown:
-        raise SpecError(f"{name} has unknown key {unknown[0]!r}{did_you_mean(unknown[0], _FIELDS)}")
+        raise SpecError(f"{name} has unknown key {unknown[0]!r}{did_you_mean(unknown[0], [*_FIELDS, 'record'])}")
     if data["digest"] != _digest(data):
         raise SpecError(f"{name} was altered after it was saved: its digest does not fit")
     pins = data["pins"]
@@ -204,14 +276,31 @@ def _rebuilt(data: dict[str, Any]) -> Loaded:
         raise SpecError(f"{spec.heads} heads are more than any plan has; the limit is {MAX_HEADS}")
     check_coverage(spec_coverage(spec), coverage(graph), "the saved graph")
     check_pieces(graph)
+    kept = _read_record(data["record"], data["fingerprint"]) if "record" in data else None
     reasons = (*backend.refuse(graph, spec, schedule, target.device), *fusion_missing(graph, target))
     if reasons:
         raise SpecError(f"{backend.name} ({schedule.name}) refuses the saved graph: {'; '.join(reasons)}")
-    steps = (Step(Saved(), len(lower(spec)), len(graph), 0.0, graph),)
+    loops = _loops(graph)
+    steps = tuple(Step(one, len(graph), len(graph), 0.0, graph) for one in loops)
+    steps = (Step(Saved(), len(lower(spec)), len(graph), 0.0, graph), *steps)
     lowered = Lowered(data["strategy"], graph, steps)
     prediction = price(graph, spec, schedule.priced, target.device, parameters_for(target))
-    candidate = Candidate(data["strategy"], backend.name, schedule.name, prediction)
-    return Loaded(spec, target, Found(lowered, candidate, backend, schedule, (candidate,)), dict(data["pins"]))
+    candidate = Candidate(data["strategy"], backend.name, schedule.name, prediction, loop=_loop_title(loops))
+    found = Found(lowered, candidate, backend, schedule, (candidate,))
+    return Loaded(spec, target, found, dict(data["pins"]), kept)
+
+
+def _loops(graph: Graph) -> tuple[Pass, ...]:
+    """Return the passes that a graph was fitted to a budget by: calls of other lengths apply them anew."""
+    output = graph.output.op
+    assert isinstance(output, Output)
+    block = next((op.loop for _, op in graph.of(Attend) if op.loop is not None), None)
+    found: list[Pass] = [Recompute()] if output.recompute else []
+    return (*found, *([Chunk(output.loop, block)] if output.loop or block else []))
+
+
+def _loop_title(loops: tuple[Pass, ...]) -> str:
+    return ", ".join(title(one.loop, one.block) if isinstance(one, Chunk) else one.name for one in loops)
 
 
 def _target(device: str, here: str) -> Target:

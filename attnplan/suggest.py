@@ -16,6 +16,8 @@ from attnplan.search import search
 from attnplan.spec import AttentionSpec
 from attnplan.units import format_bytes, format_count, format_seconds, parse_bytes
 
+SCHEMA = 1
+"""Version of the dict that :func:`facts` returns."""
 SHORTEST = 512
 """Narrowest window and shortest segment that is suggested."""
 
@@ -50,7 +52,8 @@ def suggest(
     seq_len, heads, head_dim
         Sizes of the attention.
     device, max_memory
-        As in :func:`attnplan.compile`.
+        As in :func:`attnplan.compile`; but only plans in one piece are looked for, since cutting each pattern into
+        pieces that fit takes seconds to minutes.
     layers
         Depth of the stack whose reach is listed.
     fields
@@ -102,39 +105,47 @@ def _patterns(length: int, causal: bool, layers: int) -> Iterator[tuple[Pattern 
 
 def _one(spec: AttentionSpec, pattern: Pattern | Mixture, reach: int, target: Target, budget: int | None) -> Suggestion:
     here = attrs.evolve(spec, pattern=pattern)
+    pairs = here.count_pairs() // here.batch
     try:
-        plan = Plan(here, target, search(here, target, max_memory=budget, loops=False), {})
+        found = search(here, target, max_memory=budget, loops=False)
     except AttnPlanError as error:
-        return Suggestion(pattern, reach, here.count_pairs() // here.batch, None, str(error).splitlines()[0])
-    return Suggestion(pattern, reach, here.count_pairs() // here.batch, plan)
+        return Suggestion(pattern, reach, pairs, None, str(error).splitlines()[0])
+    return Suggestion(pattern, reach, pairs, Plan(here, target, found, {"max_memory": budget}))
 
 
 def render(found: Sequence[Suggestion]) -> str:
-    """Return suggestions as a table."""
+    """Return suggestions as a table; where nothing runs a pattern, why, up to what to try."""
     cells = [("pattern", "reach", "pairs", "predicted", "peak", "choice")]
     for s in found:
         head = (str(s.pattern), format_count(s.reach), format_count(s.pairs))
         if s.plan is None:
-            cells.append((*head, "-", "-", s.error))
+            cells.append((*head, "-", "-", f"refused   {s.error.split('; try')[0]}"))
         else:
-            p = s.plan
-            choice = f"{p.strategy} > {p.backend} ({p.schedule})"
-            cells.append((*head, format_seconds(p.predicted.seconds), format_bytes(p.predicted.peak_bytes), choice))
+            best = s.plan.predicted
+            cells.append((*head, format_seconds(best.seconds), format_bytes(best.peak_bytes), s.plan.choice))
     widths = [max(len(c[i]) for c in cells) for i in range(6)]
-    return "".join("  ".join(f"{x:<{w}}" for x, w in zip(c, widths, strict=True)).rstrip() + "\n" for c in cells)
+    table = "".join("  ".join(f"{x:<{w}}" for x, w in zip(c, widths, strict=True)).rstrip() + "\n" for c in cells)
+    bases = dict.fromkeys(s.plan.predicted.basis for s in found if s.plan)
+    notes = [f"predictions: {', '.join(bases)}"] if bases else []
+    if any("in one piece" in s.error for s in found):
+        notes.append("what is refused may run in pieces: `attnplan explain --max-memory` says at what price")
+    return table + "".join(f"{note}\n" for note in notes)
 
 
-def facts(found: Sequence[Suggestion]) -> list[dict[str, Any]]:
-    """Return suggestions as plain data."""
-    return [
-        {
-            "pattern": str(s.pattern),
-            "reach": s.reach,
-            "pairs": s.pairs,
-            "seconds": s.plan.predicted.seconds if s.plan else None,
-            "peak_bytes": s.plan.predicted.peak_bytes if s.plan else None,
-            "choice": f"{s.plan.strategy} > {s.plan.backend} ({s.plan.schedule})" if s.plan else None,
-            "error": s.error or None,
-        }
-        for s in found
-    ]
+def facts(found: Sequence[Suggestion]) -> dict[str, Any]:
+    """Return suggestions as plain data: ``schema`` and ``rows``; docs/explain.md says what every key holds."""
+    return {"schema": SCHEMA, "rows": [_facts(s) for s in found]}
+
+
+def _facts(s: Suggestion) -> dict[str, Any]:
+    plan = s.plan
+    return {
+        "pattern": str(s.pattern),
+        "reach": s.reach,
+        "pairs": s.pairs,
+        "choice": None if plan is None else plan.choice,
+        "seconds": None if plan is None else plan.predicted.seconds,
+        "basis": None if plan is None else plan.predicted.basis,
+        "peak_bytes": None if plan is None else plan.predicted.peak_bytes,
+        "error": s.error or None,
+    }

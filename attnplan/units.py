@@ -127,3 +127,14 @@ def format_factor(ratio: float) -> str:
     ('+18 %', 'x 3.46')
     """
     return f"+{100 * (ratio - 1):.0f} %" if ratio < 2 else f"x {ratio:.3g}"
+
+
+def format_number(value: float) -> str:
+    """Write three significant digits, or the whole number where it has more.
+
+    Examples
+    --------
+    >>> format_number(0.12345), format_number(21.5), format_number(254475.3)
+    ('0.123', '21.5', '254,475')
+    """
+    return f"{value:,.0f}" if value >= _ROUNDS_TO_1000 else f"{value:.3g}"

@@ -14,7 +14,14 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
-COMPILING = ("test_compiled_backend", "test_compile_traces", "test_compile_dynamo", "test_compile_distributed")
+COMPILING = (
+    "test_compiled_backend",
+    "test_compile_traces",
+    "test_compile_export",
+    "test_compile_flex",
+    "test_compile_dynamo",
+    "test_compile_distributed",
+)
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
 if str(ROOT) not in sys.path:  # so that test files find `tests.oracle` however pytest was started

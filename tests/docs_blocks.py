@@ -14,7 +14,8 @@ from tests.conftest import ROOT
 
 RESULTS = ROOT / "bench" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^```([\w{}-]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_NOT_RUN = re.compile(r"<!-- not run: (.+?) -->\s*\Z", re.DOTALL)
 _LINK = re.compile(r"(?<!\!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 _FIGURE = re.compile(r'<!-- figure: "([^"]+)" from ([\w.-]+): (.+?) -->')
 _VERSION = re.compile(r"torch \d[\w.+]*")
@@ -31,11 +32,18 @@ class Block:
     language: str
     text: str
     start: int
+    not_run: str = ""
+    """Why no test runs it, as a comment before it says."""
 
 
 def blocks(page: str, *languages: str) -> list[Block]:
     """Return the fenced blocks of a page in order."""
-    return [Block(m[1], m[2], m.start(2)) for m in _FENCE.finditer(page) if not languages or m[1] in languages]
+    found = []
+    for m in _FENCE.finditer(page):
+        if not languages or m[1] in languages:
+            excuse = _NOT_RUN.search(page[: m.start()])
+            found.append(Block(m[1], m[2], m.start(2), excuse[1] if excuse else ""))
+    return found
 
 
 @attrs.frozen
@@ -57,8 +65,9 @@ def commands(block: Block) -> list[Command]:
 
 
 def steady(text: str) -> list[str]:
-    """Return the lines of a text without the versions of packages and the blanks at the ends of lines."""
-    return [line.rstrip() for line in _VERSION.sub("torch X.Y", text).strip("\n").splitlines()]
+    """Return the lines of a text without the versions of packages, the widths of columns, and blanks at the end."""
+    text = re.sub(r"  +", "  ", _VERSION.sub("torch X.Y", text))
+    return [line.rstrip() for line in text.strip("\n").splitlines()]
 
 
 def is_shown(shown: str, printed: str) -> bool:

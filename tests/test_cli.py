@@ -202,8 +202,8 @@ def test_backends_are_listed():
     assert {r["name"]: set(r["schedules"]) for r in rows} == {
         "eager": {"cudnn", "flash", "efficient", "math"},
         "xformers": {"flash", "cutlass", "split-k"},
-        "flash": {"fa4", "fa3", "fa2"},
-        "compiled": {"flex"},
+        "flash": {"fa4", "fa4-masks", "fa3", "fa2"},
+        "compiled": {"flex", "flex-flash", "sdpa-cudnn", "sdpa-flash"},
         "reference": {"float64"},
     }
     assert re.search(r"(?m)^ +flash +SDPA's flash operator for CPU   run on CPU$", text)
@@ -215,6 +215,7 @@ def test_backends_say_why_they_refuse_a_spec(file):
     spec = file(TOML + "softcap = 2.0\n")
     text = ok("backends", "--device", "v100", "--spec", spec)
     assert text == ok("backends", "--device", "v100", spec)
+    assert text.endswith("\npredictions: data sheet\n")
     assert "refused   FlashAttention-2 has no softcap" in text
     assert "FlashAttention-2 needs compute capability 8.0, v100 has 7.0" in text
     assert re.search(r"(?m)^dense > eager \(math\) +[\d.]+ [mu]?s$", text)
@@ -306,14 +307,76 @@ def test_exit_codes(code, arguments, message):
     assert message in refused(code, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("explain", *FLAGS, "--ir", "latice"), "no pass 'latice' ran for "),
+        (("explain", *FLAGS, "--what-if", "seqlen=4"), "--what-if knows no 'seqlen'; did you mean 'seq_len'?"),
+        (("explain", *FLAGS, "--what-if", "seq_len"), "write name=value"),
+        (("explain", *FLAGS, "--what-if", "device=h10"), "unknown device 'h10'; did you mean 'h100'?"),
+        (("explain", *FLAGS, "--what-if", ""), "cannot read ''"),
+        (("explain", *FLAGS, "--seq-len", "1x"), "cannot read '1x' as a count"),
+        (("diff", "PLAN"), "diff needs a second file, or --device-b"),
+        (("diff", "PLAN", "TEXT"), "text.md is not valid TOML"),
+        (("diff", "PLAN", "CUT"), "cut.json is not valid JSON"),
+        (("diff", "PLAN", "ALTERED"), "was altered after it was saved: its digest does not fit"),
+        (("diff", "PLAN", "MISSING"), "cannot read the spec file"),
+        (("diff", "PLAN", "FOLDER"), "Is a directory"),
+        (("explain", "ALTERED"), "was altered after it was saved"),
+        (
+            ("explain", *FLAGS, "--save", "/nowhere/plan.json"),
+            "cannot write the plan file '/nowhere/plan.json': No such",
+        ),
+        (("explain", *FLAGS, "--save", "FOLDER"), "Is a directory"),
+        (("draw", *FLAGS, "-o", "/nowhere/mask.png"), "cannot write '/nowhere/mask.png': No such file"),
+        (("draw", *FLAGS, "-o", "mask.gif"), "a picture is written to a .png or .svg file, got 'mask.gif'"),
+        (("report", *FLAGS, "-o", "/nowhere/plan.html"), "cannot write '/nowhere/plan.html': No such file"),
+        (("opt", "TEXT", "--passes", "lattice"), "PassError: "),
+        (("opt", "MISSING", "--passes", "lattice"), "cannot read the graph file"),
+        (("suggest", "--seq-len", "64k", "--heads", "4", "--head-dim", "64", "--layers", "0"), "layers must be"),
+        (("backends", "--backend", "eagr"), "unknown backend 'eagr'; did you mean 'eager'?"),
+    ],
+    ids=str,
+)
+def test_wrong_input_is_refused_in_words(arguments, message, tmp_path):
+    plan = tmp_path / "plan.json"
+    ok("explain", *FLAGS, "--save", str(plan))
+    text = plan.read_text(encoding="utf-8")
+    (tmp_path / "cut.json").write_text(text[:300], encoding="utf-8")
+    (tmp_path / "altered.json").write_text(text.replace('"seq_len": 64', '"seq_len": 65'), encoding="utf-8")
+    (tmp_path / "text.md").write_text("# A heading\n\n**No plan.**\n", encoding="utf-8")
+    files = {"PLAN": "plan.json", "CUT": "cut.json", "ALTERED": "altered.json", "TEXT": "text.md",
+             "MISSING": "missing.json", "FOLDER": "."}  # fmt: skip
+    if "device=h10" in arguments:  # a table goes on: the row says it
+        assert message in ok(*arguments)
+        return
+    assert message in refused(2, *(str(tmp_path / files[a]) if a in files else a for a in arguments))
+
+
+def test_lengths_are_read_as_people_write_them():
+    facts = json.loads(ok("explain", *FLAGS, "--seq-len", "2k", "--kv-len", "4k", "--json"))
+    assert (facts["spec"]["seq_len"], facts["spec"]["kv_len"]) == (2048, 4096)
+
+
+def test_one_backend_may_be_asked_alone():
+    alone = ok("backends", *LONGNET, "--device", "h100", "--backend", "xformers").splitlines()
+    assert all("> xformers (" in x or x.startswith("     ") for x in alone[:-1])
+    every = ok("backends", *LONGNET, "--device", "h100").splitlines()
+    assert len([x for x in every if "> xformers (" in x]) == len([x for x in alone if "> xformers (" in x]) > 3
+    assert json.loads(ok("backends", "--backend", "flash", "--json"))[0]["name"] == "flash"
+    assert ok("backends", *FLAGS, "--device", "cpu", "--backend", "flash").startswith(
+        "flash  refused   has no schedule"
+    )
+
+
 def test_a_ring_exits_with_3_where_it_is_none_or_has_no_such_figures(file, tmp_path):
     ring = file(TOML + "ring_size = 4")
     assert "RingError: a mesh is a number of ranks" in refused(3, "explain", ring, "--mesh", "many")
     roofline = ("draw", ring, "--what", "roofline", "-o", str(tmp_path / "a.png"))
-    for command in (("diff", ring, ring), ("report", ring, "-o", str(tmp_path / "a.html")), roofline):
+    for command in (("diff", ring, ring), roofline):
         assert "is for plans on one device, this one has 4 ranks" in refused(3, *command)
     assert "--what-if is for plans on one device" in refused(3, "explain", ring, "--what-if", "batch=2")
-    rows = json.loads(ok("explain", file(TOML), "--what-if", "ring_size=4", "--json"))
+    rows = json.loads(ok("explain", file(TOML), "--what-if", "ring_size=4", "--json"))["rows"]
     assert "--what-if is for plans on one device" in rows[1]["error"]
 
 

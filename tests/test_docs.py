@@ -8,11 +8,12 @@ import io
 import re
 import shlex
 
+import attrs
 import pytest
 from click.testing import CliRunner
 
 import attnplan
-from attnplan import errors
+from attnplan import compare, errors, suggest, what_if
 from attnplan.cli import main
 from tests.conftest import ROOT
 from tests.docs_blocks import (
@@ -39,13 +40,20 @@ BEFORE = {
         spec = attnplan.AttentionSpec(seq_len=64, heads=2, head_dim=8, causal=True, dtype="float32")
         model, tokens = torch.nn.Linear(4, 4), torch.zeros(2, 4)
     """,
-    "docs/migration.md": "import torch; x = torch.zeros(1, 8192, 768)",
+    "docs/migration.md": "import torch; x = torch.zeros(1, 512, 768)",
+    "docs/backends.md": """
+        import torch
+        from attnplan import AttentionSpec
+    """,
 }
 """What a reader of a page has before its first block."""
-NOT_RUN = ("docs/migration.md", "docs/cross-validation.md", "docs/backends.md", "docs/ring-running.md")
-"""Pages whose Python takes too long, needs several processes, or is a fragment; other tests run what they show."""
+RUN_LANGUAGES = ("python", "pycon", "console")
+"""Blocks that are run, unless a comment before them says why not; ``sh`` needs such a comment."""
+OTHER_LANGUAGES = ("toml", "text", "{toctree}", "{eval-rst}")
+"""Files, which are written for the commands; output and drawings; what the site is made of."""
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
-RUN = [p for p in PAGES if name_of(p) not in (*GENERATED, *NOT_RUN) and blocks(TEXTS[p], "python", "pycon", "console")]
+WRITTEN = [p for p in PAGES if name_of(p) not in GENERATED]
+RUN = [p for p in WRITTEN if any(not b.not_run for b in blocks(TEXTS[p], *RUN_LANGUAGES))]
 
 
 @pytest.fixture
@@ -62,7 +70,9 @@ def test_the_code_of_a_page_runs_and_its_commands_print_what_it_shows(page, fold
     name, text = name_of(page), TEXTS[page]
     space: dict = {"__name__": "__main__"}
     exec(re.sub(r"(?m)^ +", "", BEFORE.get(name, "")), space)
-    for block in blocks(text, "python", "pycon", "console", "toml"):
+    for block in blocks(text, *RUN_LANGUAGES, "toml"):
+        if block.not_run:
+            continue
         if block.language == "toml":
             title = re.match(r"# (\S+\.toml)\n", block.text)
             if title:
@@ -79,6 +89,27 @@ def test_the_code_of_a_page_runs_and_its_commands_print_what_it_shows(page, fold
             text = run_console(block, text, request.config.getoption("--update-golden"))
     if text != TEXTS[page]:
         page.write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=name_of)
+def test_every_block_is_run_or_says_why_not(page):
+    for block in blocks(TEXTS[page]):
+        first = block.text.strip().split("\n")[0]
+        assert block.language in (*RUN_LANGUAGES, *OTHER_LANGUAGES, "sh"), f"{block.language!r} is not run: {first}"
+        if block.language == "sh":
+            assert block.not_run, f"say before it why no test runs it: {first}"
+        if block.language == "text":
+            assert not re.search(r"(?m)^(\$ |attnplan |import |from \w+ import )", block.text), f"code as text: {first}"
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=name_of)
+def test_commands_that_are_not_run_exist_with_all_their_options(page):
+    for block in blocks(TEXTS[page], "sh", "console"):
+        shown = block.text.splitlines() if block.language == "sh" else [c.line for c in commands(block)]
+        for line in shown if block.not_run else ():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["attnplan"]:
+                main.commands[words[1]].make_context("attnplan", words[2:])
 
 
 def run_doctest(block: Block, name: str, space: dict) -> None:
@@ -168,15 +199,39 @@ def key_paths(data, at=""):
             yield from key_paths(value, f"{at}[]")
 
 
+def documented(heading):
+    """Return the keys in the table below a heading of the page about explain, and what stands above the table."""
+    text = TEXTS[ROOT / "docs" / "explain.md"].partition(f"\n{heading}\n")[2]
+    text = re.split(r"\n#+ ", text)[0]
+    return set(re.findall(r"(?m)^\| `([\w.\[\]]+)` \|", text)), text
+
+
 def test_the_schema_of_explain_is_documented_key_by_key():
-    text = TEXTS[ROOT / "docs" / "explain.md"].partition("## The JSON schema")[2]
+    keys, text = documented("## The JSON schema")
     spec = attnplan.AttentionSpec(
         seq_len=64, heads=2, head_dim=8, causal=True, dtype="float32", pattern="longnet([16, 32], [1, 2])"
     )
     found = attnplan.compile(spec).explain("json", measure=True)
-    documented = set(re.findall(r"(?m)^\| `([\w.\[\]]+)` \|", text))
     free = {p for p in key_paths(found) if re.match(r"spec\.(?!title|shape$)|choice\.versions\.", p)}
-    assert {p for p in key_paths(found) if p not in free} == documented
+    assert {p for p in key_paths(found) if p not in free} == keys
+    assert f"schema {found['schema']}" in text
+
+
+@pytest.mark.parametrize("heading", ["### What-if", "### Diff", "### Suggest", "### Rings"])
+def test_other_schemas_are_documented_key_by_key(heading):
+    spec = attnplan.AttentionSpec(seq_len=512, heads=2, head_dim=64, causal=True, pattern="window(64)")
+    if heading == "### What-if":
+        found, free = what_if.facts(what_if.what_if(spec, {"device": "h100"}, [{"batch": 2}])), r"rows\[\]\.changes\."
+    elif heading == "### Diff":
+        plans = attnplan.compile(spec, "h100"), attnplan.compile(attrs.evolve(spec, batch=2), "b200")
+        found, free = compare.diff(*plans), r"(spec|ops|candidates)\."
+    elif heading == "### Suggest":
+        found, free = suggest.facts(suggest.suggest(2048, 2, 64, device="h100")), "nothing"
+    else:
+        found = attnplan.compile(attrs.evolve(spec, ring_size=4), "h100").explain("json")
+        free = r"(spec|device|does|others\[\]|refused\[\])\.|choice$|hops$"
+    keys, text = documented(heading)
+    assert {p for p in key_paths(found) if not re.match(free, p)} == keys
     assert f"schema {found['schema']}" in text
 
 

@@ -10,6 +10,7 @@ from attnplan import AttentionSpec
 from attnplan import patterns as P
 from attnplan.cost import resolve
 from attnplan.errors import SpecError
+from tests.conftest import ROOT
 from tests.drawn import LONGNET, MILLION, ids, svg_of, words
 
 pytest.importorskip("matplotlib")
@@ -18,6 +19,7 @@ from attnplan import pictures
 from attnplan.pictures.graph import layers
 from attnplan.pictures.length import default_lengths, length_curves
 from attnplan.pictures.roofline import _Label, _spread, roofline_points
+from attnplan.pictures.style import DPI
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +70,18 @@ def test_points_stand_at_their_figures_and_under_the_ceilings(plan):
     assert x1 == pytest.approx(peak / bandwidth)
 
 
-@pytest.mark.parametrize("spec", [LONGNET, MILLION, AttentionSpec(seq_len=4096, heads=8, head_dim=128)], ids=repr)
+EXAMPLE = attrs.evolve(AttentionSpec.from_file(ROOT / "examples" / "longnet.toml"), dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    "spec", [LONGNET, MILLION, EXAMPLE, AttentionSpec(seq_len=4096, heads=8, head_dim=128)], ids=repr
+)
 def test_labels_of_the_roofline_do_not_overlap_and_name_every_op(spec):
     from matplotlib.text import Text
 
     plan = attnplan.compile(spec, "h100")
     figure = pictures.roofline_figure(plan)
+    figure.set_dpi(DPI)  # as it is saved
     figure.draw_without_rendering()
     named = 0
     for axes in figure.axes:
@@ -127,6 +135,7 @@ def test_every_candidate_that_can_run_is_drawn_and_refusals_are_noted():
     text = words(svg)
     assert all(c.name in text for c in curves)
     assert any("refused: FlashAttention-2 takes no mask" in t for t in text)
+    assert any(t.endswith("predicted (data sheet)") for t in text)
     assert any(not fits for c in curves for fits in c.fits) == any(t.startswith("hollow") for t in text)
     assert not any("refused" in t for t in words(svg_of(pictures.length_figure(LONGNET, target, refusals=False))))
 

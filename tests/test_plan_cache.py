@@ -121,8 +121,12 @@ def test_ten_thousand_specs_do_not_fill_the_memory(monkeypatch):
     assert len(api._plans) == api._KEPT_PLANS
 
 
-KERNELS = ("attnplan.runtime.fused.triton_kernels", "attnplan.runtime.ring.merge_kernel")
-"""Modules that need Triton, which a CPU machine need not have."""
+KERNELS = (
+    "attnplan.runtime.fused.triton_kernels",
+    "attnplan.runtime.ring.merge_kernel",
+    "attnplan.runtime.mask_functions",
+)
+"""Modules that need Triton or flash-attn 4, which a CPU machine need not have."""
 
 
 def modules():

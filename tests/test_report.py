@@ -135,7 +135,7 @@ def test_bars_are_as_long_as_the_shares(plan, written):
 def test_only_the_choice_is_set_off(plan, written):
     rows = re.findall(r'<tr class="chosen">(.*?)</tr>', written)
     assert len(rows) == 1
-    assert html.escape(f"{plan.strategy} > {plan.backend} ({plan.schedule})") in rows[0]
+    assert html.escape(plan.choice) in rows[0]
 
 
 def test_a_million_tokens_make_less_than_two_megabytes(million):
@@ -218,6 +218,40 @@ def test_a_long_listing_is_cut_and_the_page_says_so(plan, monkeypatch):
 )
 def test_other_specs_have_a_report_too(spec, says):
     assert says in harmless(report(attnplan.compile(spec, "h100"))).text
+
+
+def test_a_ring_has_a_report_with_who_sends_what():
+    plan = attnplan.compile(attrs.evolve(LONGNET, ring_size=4), "h200")
+    page = report(plan)
+    read = harmless(page)
+    facts = plan.explain("json")
+    assert f"4 x {plan.device.title} (not here), a virtual ring on one device" in read.text
+    assert "no picture" not in read.text
+    assert read.tags.count("svg") == 2
+    found = [v for _, k, v in read.attributes if k == "id"]
+    assert len(found) == len(set(found))
+    assert any(v.startswith("ring-") for v in found)
+    for candidate in (facts["choice"], *facts["others"]):
+        assert candidate["name"] in read.text
+        assert " ".join((candidate["refused"] or "").split()) in read.text
+    for refused in facts["refused"]:
+        assert all(reason in read.text for reason in refused["reasons"])
+    body = page.partition("hop by hop")[2].partition("</table>")[0]
+    assert body.count("<tr>") == 1 + len(facts["hops"])
+    table = page.partition("<h2>Candidates</h2>")[2].partition("</table>")[0]
+    accepted = [c["name"] for c in (facts["choice"], *facts["others"]) if not c["refused"]]
+    assert re.findall(r'<tr(?: class="chosen")?><td class="w">(.*?)</td>', table) == [html.escape(n) for n in accepted]
+    assert table.count('class="chosen"') == 1
+    assert " ".join(plan.spec.to_toml().split()) in read.text
+
+
+def test_a_what_if_row_says_its_choice_and_basis(plan, written):
+    rows = re.findall(r"<tr>(.*?)</tr>", written.partition("<h2>What if</h2>")[2].partition("</table>")[0])
+    assert len(rows) >= 4
+    assert ">basis<" in rows[0]
+    assert all("data sheet" in row or "Error" in row for row in rows[1:])
+    assert html.escape(plan.choice) in rows[1]
+    assert re.search(r">x [\d.]+<", rows[2])
 
 
 def test_the_command_writes_the_page(tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import sys
 
 import attrs
 import pytest
@@ -10,8 +12,10 @@ import torch
 import attnplan
 from attnplan import AttentionSpec, Dim
 from attnplan import patterns as P
+from attnplan.api import fingerprint
 from attnplan.errors import AttnPlanError, SpecError, VerifyError
-from attnplan.store import _digest, dump, parse, read
+from attnplan.ir.coverage import check_coverage, coverage, spec_coverage
+from attnplan.store import _digest, dump, parse, read, record
 from tests.running import Call, assert_agree
 
 SPECS = {
@@ -96,17 +100,52 @@ def test_a_stale_plan_is_refused_with_both_fingerprints_or_kept(tmp_path):
 # ------------------------------------------------------------------------------------------------------ hostile files
 
 
+FORBIDDEN = ("exec", "os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "socket.connect",
+             "ctypes.dlopen", "os.remove", "os.rename", "open")  # fmt: skip
+happened: list | None = None
+
+
+def _listen(event, arguments):
+    if happened is not None and event in FORBIDDEN:
+        happened.append((event, arguments))
+
+
+sys.addaudithook(_listen)
+
+
 def outcome(text):
-    """Return the plan that a text describes, or None if it is refused in words; anything else fails the test."""
+    """Return the plan that a text describes, or None if it is refused in words; anything else fails the test.
+
+    Meanwhile nothing may be executed, opened or started: the interpreter's own audit events say so.
+    """
+    global happened
+    happened = []
     try:
         return parse(text, "the file", "here")
     except AttnPlanError:
         return None
+    finally:
+        seen, happened = happened, None
+        assert seen == [], f"reading a file did {seen}"
 
 
-def test_ten_thousand_mutations_are_errors_or_equal_plans():
+@pytest.fixture(scope="module")
+def warm():
+    """Read good files once: what is imported or generated on first use is none of a file's doing."""
+    for spec in SPECS.values():
+        for device in ("cpu", "h100"):
+            parse(dump(attnplan.compile(spec, device), "here", recorded=True), "the file", "here")
+
+
+def test_the_audit_would_see_what_a_file_does(warm, monkeypatch):
+    monkeypatch.setattr("attnplan.store._checked", lambda text, name: eval("1 + 1"))
+    with pytest.raises(AssertionError, match="reading a file did"):
+        outcome("{}")
+
+
+def test_ten_thousand_mutations_are_errors_or_equal_plans(warm):
     plan = attnplan.compile(SPECS["longnet"], "cpu")
-    text = dump(plan, "here")
+    text = dump(plan, "here", recorded=True)
     source = random.Random(0)
     alphabet = text + "\x00\u2028{}[]\"'\\,:%&|~()"
     read_back = 0
@@ -142,29 +181,98 @@ HOSTILE = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["longnet", "longformer"])
-def test_files_altered_with_a_fitting_digest_are_proved_or_refused(name):
-    plan = attnplan.compile(SPECS[name], "cpu")
-    data = json.loads(dump(plan, "here"))
-    source = random.Random(1)
-    places = list(scalars(data))
-    for _ in range(400):
-        altered = json.loads(json.dumps(data))
-        path = source.choice(places)
-        target = altered
-        for key in path[:-1]:
-            target = target[key]
-        old = target[path[-1]]
-        if isinstance(old, str) and source.random() < 0.6 and old:
-            at = source.randrange(len(old))
-            target[path[-1]] = old[:at] + source.choice("0123456789()[],=%&|~ abqkv") + old[at + 1 :]
-        else:
-            target[path[-1]] = source.choice(HOSTILE)
-        altered["digest"] = _digest(altered)
-        found = outcome(json.dumps(altered))
-        if found is not None:  # what is accepted computes its spec: it was proved; and it runs
-            q = torch.randn(1, found.spec.heads, found.spec.shape.seq_len, found.spec.head_dim)
-            assert q.numel() < 10**7
+def alter(data, source):
+    """Change one thing that a file says: a value, a character of it, an element, or a whole key."""
+    altered = json.loads(json.dumps(data))
+    path = source.choice(list(scalars(altered)))
+    target = altered
+    for key in path[:-1]:
+        target = target[key]
+    last, old, kind = path[-1], target[path[-1]], source.random()
+    if isinstance(old, str) and old and kind < 0.5:
+        at = source.randrange(len(old))
+        target[last] = old[:at] + source.choice("0123456789()[],=%&|~ abqkv") + old[at + 1 :]
+    elif isinstance(target, list) and kind < 0.7:
+        target.insert(source.randrange(len(target)), old) if kind < 0.6 else target.pop(last)
+    elif isinstance(target, dict) and kind < 0.6:
+        del target[last]
+    else:
+        target[last] = source.choice(HOSTILE)
+    altered["digest"] = _digest(altered)
+    return json.dumps(altered)
+
+
+@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_files_altered_with_a_fitting_digest_are_proved_or_refused(count, warm):
+    """Whoever alters a file can write its digest, too: behind it stand the types, the proof, and the backend."""
+    source = random.Random(count)
+    plans = [attnplan.compile(SPECS[name], device) for name in ("longnet", "longformer") for device in ("cpu", "h100")]
+    files = [(plan, json.loads(dump(plan, "here", recorded=True))) for plan in plans]
+    accepted = 0
+    for _ in range(count):
+        plan, data = source.choice(files)
+        found = outcome(alter(data, source))
+        if found is not None:  # what is accepted was proved to compute its spec
+            accepted += 1
+            assert found.spec.heads * found.spec.shape.seq_len * found.spec.head_dim < 10**7
+            coverage_of = coverage(found.found.lowered.graph)
+            check_coverage(spec_coverage(found.spec), coverage_of, "what was accepted")
+            if found.spec == plan.spec:
+                check_coverage(spec_coverage(plan.spec), coverage_of, "what was accepted")
+    assert 0 < accepted < 0.8 * count  # a record says what it likes in its reasons
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"seconds": "1"}, "'seconds' of 'record' must be float, got str"),
+        ({"seconds": 0.0}, "must hold a positive time"),
+        ({"seconds": float("inf")}, "must hold a positive time"),
+        ({"peak_bytes": True}, "'peak_bytes' of 'record' must be int, got bool"),
+        ({"peak_bytes": -1}, "must hold a positive time and a size"),
+        ({"passes": [["lattice", 3]]}, "a pass of 'record' must be a name and two counts"),
+        ({"passes": [["lattice", 3, True]]}, "a pass of 'record' must be a name and two counts"),
+        ({"candidates": {"a": "fast"}}, "candidate 'a' of 'record' must have a time or reasons"),
+        ({"candidates": {"a": -1.0}}, "candidate 'a' of 'record' must have a time or reasons"),
+        ({"candidates": {"a": [1]}}, "candidate 'a' of 'record' must have a time or reasons"),
+        ({"more": 1}, "'record' must hold choice, seconds"),
+    ],
+    ids=str,
+)
+def test_a_record_is_looked_at(change, says):
+    data = json.loads(dump(attnplan.compile(SPECS["longnet"], "cpu"), "here", recorded=True))
+    data["record"].update(change)
+    data["digest"] = _digest(data)
+    with pytest.raises(SpecError, match=re.escape(says)):
+        parse(json.dumps(data), "plan.json", "here")
+
+
+def test_a_record_reads_back_equal(tmp_path):
+    plan = attnplan.compile(SPECS["longnet"], "h100")
+    plan.save(tmp_path / "plan.json")
+    loaded = attnplan.load(tmp_path / "plan.json")
+    assert loaded.saved == record(plan, fingerprint())
+    assert loaded.saved.candidates == {c.name: c.prediction.seconds if c.prediction and not c.reasons else c.reasons
+                                       for c in plan.candidates}  # fmt: skip
+    assert loaded.explain("json")["passes"] == [{**p, "seconds": None} for p in plan.explain("json")["passes"]]
+
+
+@pytest.mark.parametrize("spec", ["longnet", "open longnet"])
+def test_a_plan_in_pieces_reads_back_in_pieces(spec, tmp_path):
+    """Calls of other lengths than the longest are cut anew, so the file has to say by what."""
+    wide = attrs.evolve(SPECS["longnet"], head_dim=32, value_dim=32, batch=2, seq_len=512, kv_len=512)
+    if spec == "open longnet":
+        wide = attrs.evolve(wide, seq_len=Dim("s", max=512), kv_len=Dim("s", max=512))
+    whole = attnplan.compile(wide, "cpu").predicted.peak_bytes
+    plan = attnplan.compile(wide, "cpu", max_memory=whole // 3)
+    assert "pieces of" in plan.choice
+    plan.save(tmp_path / "plan.json")
+    loaded = attnplan.load(tmp_path / "plan.json")
+    assert loaded.choice == plan.choice
+    length = 300 if spec == "open longnet" else 512
+    assert loaded._program_at(length, length).source == plan._program_at(length, length).source
+    q, k, v = (torch.randn(2, 4, length, 32) for _ in range(3))
+    assert torch.equal(loaded(q, k, v), plan(q, k, v))
 
 
 def test_a_graph_that_computes_something_else_is_refused():

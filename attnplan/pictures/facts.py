@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from attnplan.cost import Target
+from attnplan.cost import Target, parameters_for
 from attnplan.pictures.cells import EMPTY, FULL, PARTIAL, UNDECIDED
 from attnplan.pictures.graph import layers
 from attnplan.pictures.length import length_curves
@@ -56,6 +56,7 @@ def roofline_facts(plan: Plan) -> dict[str, Any]:
     device = plan.device
     return {
         "plan": repr(plan),
+        "basis": plan.predicted.basis,
         "flops_per_second": device.rate(plan.spec.dtype, plan.spec.precision) or device.rate("float32"),
         "bytes_per_second": device.bandwidth,
         "points": [attrs.asdict(point) for point in roofline_points(plan)],
@@ -65,7 +66,8 @@ def roofline_facts(plan: Plan) -> dict[str, Any]:
 def length_facts(spec: AttentionSpec, target: Target, lengths: Sequence[int] | None = None) -> dict[str, Any]:
     """Return what :func:`~attnplan.pictures.length_figure` shows."""
     curves: list[Mapping[str, Any]] = [attrs.asdict(curve) for curve in length_curves(spec, target, lengths)]
-    return {"device": target.device.name, "curves": [dict(curve) for curve in curves]}
+    basis = parameters_for(target).basis
+    return {"device": target.device.name, "basis": basis, "curves": [dict(curve) for curve in curves]}
 
 
 def graph_facts(plan: Plan) -> dict[str, Any]:

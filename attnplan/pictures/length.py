@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from attnplan.cost import Target
+from attnplan.cost import Target, parameters_for
 from attnplan.errors import AttnPlanError, SpecError
 from attnplan.explain import title
 from attnplan.pictures.style import INK, MUTED, PAPER, colours, plain, shortened, styled, wrapped
@@ -153,7 +153,7 @@ def length_figure(
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=7.5, frameon=False, labelcolor=INK)
         axes.set_xlabel("tokens" if spec.shape.seq_len == spec.shape.kv_len else f"keys, {spec.shape.seq_len} queries")
         work = "forward and backward" if spec.training else "forward"
-        name = f"{work} on {shortened(target.device.title, 60)}, predicted"
+        name = f"{work} on {shortened(target.device.title, 60)}, predicted ({parameters_for(target).basis})"
         heading = wrapped(title(spec), 110, lines=2)
         figure.text(0.02, 1 - 0.1 / height, "\n".join(heading), va="top", weight="bold")
         figure.text(0.02, 1 - (0.15 + 0.17 * len(heading)) / height, name, va="top", color=MUTED, size=8)

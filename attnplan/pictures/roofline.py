@@ -197,11 +197,21 @@ def _label(axes: Axes, points: Sequence[Point], x: Sequence[float], below: float
     from_pixels = axes.transData.inverted().transform
     for label in labels:
         at, anchor = from_pixels([(label.anchor[0] + 24, label.y), label.anchor]).tolist()
-        axes.annotate(
+        written = axes.annotate(
             label.text, anchor, xytext=at, size=7.5, va="center", zorder=4,
             arrowprops={"arrowstyle": "-", "relpos": (0, 0.5), "color": MUTED, "linewidth": 0.5, "shrinkA": 1,
                         "shrinkB": 0},
         )  # fmt: skip
+        _keep_inside(written)
+
+
+def _keep_inside(label: Any) -> None:
+    """Move a label to the left as far as it would be cut off at the edge of the picture."""
+    over = label.get_window_extent().x1 - (label.figure.bbox.x1 - 14)
+    if over > 0:
+        transform = label.axes.transData
+        x, y = transform.transform(label.get_position())
+        label.set_position(transform.inverted().transform((x - over, y)))
 
 
 def _close(a: Any, b: Any) -> bool:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from attnplan.compare import Row, what_if
 from attnplan.cost import catalogue
 from attnplan.errors import AttnPlanError
 from attnplan.pictures import graph_figure, heading, inline_svg, length_figure, mask_figure, roofline_figure
 from attnplan.plan import Plan
 from attnplan.report.html import Html, bar, folded, join, table, tag
-from attnplan.units import format_bytes, format_count, format_seconds
+from attnplan.units import format_bytes, format_count, format_number, format_seconds
+from attnplan.what_if import Row, factor, label, what_if
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,15 +120,11 @@ def _op_row(op: Facts, total: float) -> tuple[object, ...]:
         join([bar(share), f" {100 * share:.2g} %"]),
         op["bound"],
         f"{100 * op['roofline']:.0f} %",
-        _number(op["gflop"]) if op["gflop"] else "-",
-        _number(op["bytes"] / 2**20),
+        format_number(op["gflop"]) if op["gflop"] else "-",
+        format_number(op["bytes"] / 2**20),
         op["what"],
         tag("code", op["result"]),
     )
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def candidates(plan: Plan, facts: Facts) -> Html:
@@ -169,21 +165,18 @@ def what_ifs(plan: Plan, facts: Facts) -> Html:
         return join([tag("h2", "What if"), tag("p", f"not for this spec: {error}", class_="muted")])
     return join([
         tag("h2", "What if"),
-        table(("", "choice", "predicted", "", "peak"), (_what_row(r, plan) for r in rows), "w-nnn"),
+        table(("", "choice", "predicted", "", "basis", "peak"), (_what_row(r, rows[0]) for r in rows), "wwnnwn"),
         tag("p", "More: ", tag("code", "attnplan explain SPEC --what-if device=...,seq_len=...,max_memory=..."),
             class_="muted"),
     ])  # fmt: skip
 
 
-def _what_row(row: Row, plan: Plan) -> tuple[object, ...]:
-    shown = {n: format_bytes(v) if n == "max_memory" else v for n, v in row.changes.items()}
-    name = ", ".join(f"{n}={v}" for n, v in shown.items()) or "as it is"
+def _what_row(row: Row, first: Row) -> tuple[object, ...]:
     if row.plan is None:
-        return name, tag("div", row.error, class_="bad reasons"), "-", "", "-"
-    there = row.plan
-    choice = f"{there.strategy} > {there.backend} ({there.schedule})"
-    ratio = f"x {there.predicted.seconds / plan.predicted.seconds:.3g}" if row.changes else ""
-    return name, choice, format_seconds(there.predicted.seconds), ratio, format_bytes(there.predicted.peak_bytes)
+        return label(row), tag("div", row.error, class_="bad reasons"), "-", "", "", "-"
+    found = row.plan.predicted
+    times = (format_seconds(found.seconds), factor(row, first), found.basis)
+    return label(row), row.plan.choice, *times, format_bytes(found.peak_bytes)
 
 
 def source(plan: Plan, facts: Facts) -> Html:

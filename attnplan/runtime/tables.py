@@ -48,6 +48,23 @@ class Lists:
             found.scatter_(-1, torch.where(there, index, columns).long(), state)
         return found[..., :columns]
 
+    @property
+    def whole(self) -> Lists:
+        """The lists without partial tiles."""
+        none = torch.zeros_like(self.partial_index[..., :1])
+        return Lists(torch.zeros_like(self.partial_count), none, self.full_count, self.full_index)
+
+
+@attrs.frozen(eq=False)
+class TileMasks:
+    """What a mask function looks up in partial tiles."""
+
+    places: Tensor
+    """The mask of each tile, int32 ``[rows, columns]``, or ``[H, rows, columns]`` where heads differ; 0 where the tile
+    is whole or empty. There are two columns at least, so that its strides say which dimension is which."""
+    masks: Tensor
+    """Distinct masks, int32 ``[n, queries, keys]``: 1 where a pair meets."""
+
 
 @attrs.frozen(eq=False)
 class BlockLists:
@@ -56,6 +73,8 @@ class BlockLists:
     tile: tuple[int, int]
     rows: Lists
     columns: Lists
+    masks: TileMasks | None = None
+    """The masks of partial tiles, for kernels that call a mask function."""
 
 
 def lists(states: np.ndarray, device: torch.device | str = "cpu") -> Lists:
@@ -182,11 +201,19 @@ def from_bsr(pointers: Tensor, columns: Tensor, full: Tensor, count: int) -> Ten
 
 
 class BlockListBuilder(torch.nn.Module):
-    """Builds the index lists of one attend over whole inputs, once for each device."""
+    """Builds the index lists of one attend over whole inputs, once for each device; with ``look_up`` masks, too."""
 
-    def __init__(self, op: Attend, q: RowMap, k: RowMap, shape: Shape, heads: list[int]) -> None:
+    def __init__(
+        self,
+        op: Attend,
+        q: RowMap,
+        k: RowMap,
+        shape: Shape,
+        heads: list[int],
+        look_up: Callable[[BlockTable, torch.device], TileMasks] | None = None,
+    ) -> None:
         super().__init__()
-        self.op, self.q, self.k, self.shape, self.heads = op, q, k, shape, heads
+        self.op, self.q, self.k, self.shape, self.heads, self.look_up = op, q, k, shape, heads, look_up
         self._kept: OrderedDict[torch.device, BlockLists] = OrderedDict()
 
     def forward(self, operands: Mapping[str, Any], q: Tensor, k: Tensor) -> BlockLists:
@@ -196,8 +223,11 @@ class BlockListBuilder(torch.nn.Module):
             assert self.op.tile is not None
             assert self.op.shift is not None
             grid = Grid(self.q.row + self.op.shift, self.q.length, self.k.row, self.k.length, self.op.tile)
-            table = block_table(self.op.where, self.shape, self.op.tile, grid=grid, heads=self.heads)
-            kept = self._kept[q.device] = block_lists(table, q.device)
+            masks = self.look_up is not None
+            table = block_table(self.op.where, self.shape, self.op.tile, grid=grid, heads=self.heads, masks=masks)
+            kept = block_lists(table, q.device)
+            kept = kept if self.look_up is None else attrs.evolve(kept, masks=self.look_up(table, q.device))
+            self._kept[q.device] = kept
             if len(self._kept) > _KEPT_LISTS:
                 self._kept.popitem(last=False)
         return kept
