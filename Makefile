@@ -52,7 +52,7 @@ lm: $(VENV)/.ready
 	$(BIN)/python -m examples.longnet_lm.train
 
 golden: $(VENV)/.ready
-	$(BIN)/pytest tests/test_passes.py --update-golden
+	$(BIN)/pytest tests -k reviewed --update-golden
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -55,7 +55,7 @@ def explain(file: str | None, device: str, backend: str, strategy: str, max_memo
     if mesh is None and (shards, transport) != ("auto", "auto"):
         raise SpecError("--shards and --transport belong to --mesh")
     if mesh is not None:
-        _dry_run(_spec(file, flags), mesh, device, shards, transport, as_json)
+        _mesh(_spec(file, flags), mesh, device, shards, transport, as_json)
         return
     if what_if:
         options = {"device": device, "backend": backend, "strategy": strategy, "max_memory": max_memory}
@@ -79,10 +79,10 @@ def explain(file: str | None, device: str, backend: str, strategy: str, max_memo
         _echo(f"\n{text}")
 
 
-def _dry_run(spec: AttentionSpec, mesh: str, device: str, shards: str, transport: str, as_json: bool) -> None:
-    from attnplan.dry import dry_run, render
+def _mesh(spec: AttentionSpec, mesh: str, device: str, shards: str, transport: str, as_json: bool) -> None:
+    from attnplan.explain_mesh import facts, render
 
-    found = dry_run(spec, mesh, device, shards, transport)
+    found = facts(spec, mesh, device, shards, transport)
     _echo_json(found) if as_json else _echo(render(found))
 
 

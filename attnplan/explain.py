@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from attnplan.cost.tiles import attend_tiles
-from attnplan.draw import TILES, mask_rows
 from attnplan.errors import RingError, SpecError
+from attnplan.explain_tables import other_candidates
 from attnplan.ir import Attend, Graph, Input, Merge, Mix, Node, Output, Receive, RowMap, Take
 from attnplan.ir.slots import slot_condition
+from attnplan.mask_text import TILES, mask_lines
 from attnplan.search import Candidate
 from attnplan.spec import AttentionSpec, Dim
-from attnplan.units import format_bytes, format_count, format_factor, format_number, format_seconds
+from attnplan.units import format_bytes, format_count, format_number, format_seconds
 
 if TYPE_CHECKING:
     from attnplan.measure import Measured
@@ -72,7 +73,7 @@ def facts(plan: Plan, measured: Measured | None = None) -> dict[str, Any]:
         "tuning": None if plan.tuning is None else plan.tuning.facts(),
         "saved": None if plan.saved is None else _saved_facts(plan.saved),
         "does": _share(plan.spec),
-        "mask": mask_rows(plan.spec),
+        "mask": mask_lines(plan.spec),
         "passes": _passes(plan),
         "ops": [_op_facts(plan, n, measured) for n in plan.graph if not isinstance(n.op, Input | Output)],
         "others": [_candidate_facts(c) for c in plan.candidates if c is not chosen],
@@ -239,7 +240,9 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"does       {_does(found['does'])}"
     yield from _mask_and_passes(found)
     yield from _op_table(found["ops"])
-    yield from _others(found["others"], choice["seconds"])
+    yield from other_candidates(
+        found["others"], choice["seconds"], lambda one: f"peak {format_bytes(one['peak_bytes'])}"
+    )
 
 
 def _basis(found: dict[str, Any]) -> Iterator[str]:
@@ -335,20 +338,3 @@ def _worth_showing(ops: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int
         o for o, *times in zip(ops, *columns, strict=True) if any(t > x for t, x in zip(times, limits, strict=True))
     ]
     return shown, len(ops) - len(shown)
-
-
-def _others(others: list[dict[str, Any]], best: float) -> Iterator[str]:
-    if not others:
-        return
-    width = max(len(o["name"]) for o in others)
-    yield ""
-    for i, other in enumerate(others):
-        label = "others     " if i == 0 else "           "
-        if other["refused"]:
-            reasons = other["refused"]
-            yield f"{label}{other['name']:<{width}}  refused   {reasons[0]}"
-            yield from (f"{'':<{11 + width}}            {reason}" for reason in reasons[1:])
-            continue
-        factor = format_factor(other["seconds"] / best)
-        peak = format_bytes(other["peak_bytes"])
-        yield f"{label}{other['name']:<{width}}  {format_seconds(other['seconds']):<9} {factor:<8} peak {peak}"

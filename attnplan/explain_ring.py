@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from attnplan.explain import _shape_line, _share, title
+from attnplan.explain_tables import hop_table, moved, ring_candidates
 from attnplan.ring.choose import candidate_facts
 from attnplan.ring.price import hop_facts
-from attnplan.units import format_bytes, format_count, format_factor, format_seconds
+from attnplan.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from attnplan.plan_ring import RingPlan
@@ -61,38 +62,10 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         f"predicted  {format_seconds(choice['seconds'])} {choice['work']} ({choice['basis']})    peak "
         f"{format_bytes(choice['peak_bytes'])} a rank beside its inputs and output"
     )
-    yield (
-        f"moves      {format_bytes(choice['received_bytes'])} to the rank that receives most, forward; "
-        f"{100 * choice['hidden']:.0f} % hidden behind compute"
-    )
-    if choice["sends_more"]:
-        yield f"           more than is needed: {choice['sends_more']}"
+    yield from moved(choice)
     pairs = "" if does["pairs"] is None else f"{format_count(does['pairs'])} pairs, "
     yield f"does       {pairs}busiest rank {choice['imbalance']:.2f} x the mean; verify() proves each pair covered once"
     yield ""
     yield f"  rank {choice['rank']}, the slowest"
-    heads = f"{'hop':>4}  {'from':>8}  {'asked':>9}  {'sent':>9}  {'MiB':>9}  {'pairs':>8}  {'transfer':>10}"
-    yield f"  {heads}  {'hidden':>6}  {'compute':>10}  kernel"
-    for hop in found["hops"]:
-        peers = f"{hop['peers']} ranks" if hop["peers"] != 1 else "1 rank"
-        hidden = "" if hop["hidden"] is None else f"{100 * hop['hidden']:.0f} %"
-        yield (
-            f"  {hop['hop']:>4}  {peers if hop['peers'] else 'itself':>8}  {hop['asked']:>9,}  {hop['received']:>9,}  "
-            f"{hop['bytes'] / 2**20:>9.3g}  {format_count(hop['pairs']):>8}  {format_seconds(hop['comm']):>10}  "
-            f"{hidden:>6}  {format_seconds(hop['compute']):>10}  {hop['kernel']}"
-        )
-    yield from _others(found["others"], choice["seconds"])
-
-
-def _others(others: list[dict[str, Any]], best: float) -> Iterator[str]:
-    width = max((len(o["name"]) for o in others), default=0)
-    for i, other in enumerate(others):
-        if i == 0:
-            yield ""
-        label = "others     " if i == 0 else "           "
-        if other["refused"]:
-            yield f"{label}{other['name']:<{width}}  refused   {other['refused']}"
-            continue
-        factor = format_factor(other["seconds"] / best if best else 1.0)
-        received = format_bytes(other["received_bytes"])
-        yield f"{label}{other['name']:<{width}}  {format_seconds(other['seconds']):<9} {factor:<8} receives {received}"
+    yield from hop_table(found["hops"])
+    yield from ring_candidates(found["others"], choice["seconds"])

@@ -11,11 +11,11 @@ from attnplan.backends import Backend, Schedule, registry
 from attnplan.backends.base import import_failure
 from attnplan.cost import Device, Prediction, Target, parameters_for, price
 from attnplan.errors import MemoryBudgetError, NoBackendError, SpecError, did_you_mean
-from attnplan.fitting import Way, fit, least
 from attnplan.ir import Attend, Graph, Merge, Mix, Node
 from attnplan.ir.coverage import Coverage, spec_coverage
 from attnplan.ir.slots import slot_condition
 from attnplan.lower import lower
+from attnplan.memory_budget import Way, fit, least
 from attnplan.passes import (
     BatchBranches,
     BlockSparse,

@@ -165,8 +165,8 @@ def _runners(
 
 
 def _kernel(runner: Runner, spec: AttentionSpec, device: Device) -> Kernel:
-    def refuses(graph: Graph) -> bool:
-        return bool(runner.backend.refuse(graph, spec, runner.schedule, device))
+    def refuses(graph: Graph) -> tuple[str, ...]:
+        return runner.backend.refuse(graph, spec, runner.schedule, device)
 
     return Kernel(runner.name, runner.schedule.priced, refuses)
 

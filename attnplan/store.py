@@ -18,10 +18,10 @@ import attrs
 from attnplan.backends import registry
 from attnplan.cost import Target, catalogue, parameters_for, price, resolve
 from attnplan.errors import AttnPlanError, SpecError, did_you_mean
-from attnplan.fitting import title
 from attnplan.ir import Attend, Graph, Input, Output, parse_graph, print_graph
 from attnplan.ir.coverage import check_coverage, coverage, spec_coverage, spec_inputs
 from attnplan.lower import lower
+from attnplan.memory_budget import title
 from attnplan.passes import Chunk, Recompute, Step
 from attnplan.passes.base import Pass
 from attnplan.passes.chunk import check_pieces

@@ -13,8 +13,8 @@ from attnplan.calls import check_operand_names, require_here
 from attnplan.cost.memory import peak_memory
 from attnplan.cost.rules import ITEM_BYTES, Setting
 from attnplan.errors import MemoryBudgetError, SpecError
-from attnplan.fitting import LEAST_ROWS
 from attnplan.ir import Graph
+from attnplan.memory_budget import LEAST_ROWS
 from attnplan.passes.chunk import Chunk, Part, kv_heads, normal, parts, restrict, unloopable, without_loop
 from attnplan.passes.chunk import pieces as pieces_of
 from attnplan.spec import AttentionSpec

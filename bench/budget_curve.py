@@ -168,7 +168,7 @@ def main() -> None:
     if options.plot is not None:
         draw(json.loads(options.json.read_text())["rows"], options.plot)
         return
-    from bench.spine import environment
+    from attnplan.harness import environment
 
     def write(found: Rows) -> None:
         if options.json:

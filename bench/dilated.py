@@ -22,9 +22,10 @@ from torch import Tensor
 import attnplan
 from attnplan import AttentionSpec
 from attnplan import patterns as P
+from attnplan.harness import environment
 from attnplan.verify import relative_error
 from bench.published_package import loaded
-from bench.spine import environment, interleaved, summary
+from bench.spine import interleaved, summary
 
 WIDTHS, RATES = [2048, 4096, 8192], [1, 2, 4]
 

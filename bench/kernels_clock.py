@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import platform
-import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from attnplan.packages import PACKAGES, installed
+from bench.deadline import deadline
 
 Call = Callable[[], Any]
 Row = dict[str, Any]
@@ -120,7 +118,7 @@ class Ledger:
             self.add({"what": what, "plan": name, "skipped": "the budget is spent"})
             return None
         try:
-            with limited(min(self.each, max(1.0, self.until - time.monotonic()))):
+            with deadline(min(self.each, max(1.0, self.until - time.monotonic()))):
                 row = {"what": what, "plan": name, **work()}
         except Exception as error:  # one row that fails must not cost the others
             self.add({"what": what, "plan": name, "failed": f"{type(error).__name__}: {error}"[:400]})
@@ -134,19 +132,3 @@ def _brief(key: str, value: Any) -> str:
         is_time = key.rpartition(" ")[2] in ("seconds", "fastest", "slowest")
         return f"{1e3 * value:.3f} ms" if is_time else f"{value:.4g}"
     return str(value)
-
-
-@contextmanager
-def limited(seconds: float) -> Iterator[None]:
-    """Raise :class:`TimeoutError` in the body after some seconds, as soon as Python runs again."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"took more than {seconds:.0f} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

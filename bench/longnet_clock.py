@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import platform
-import signal
 import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,8 @@ from torch import Tensor
 
 from attnplan.backends import registry
 from attnplan.cost import Target, resolve
+from attnplan.packages import installed
+from bench.deadline import deadline
 from bench.longnet_peers import Case
 
 Call = Callable[[], Any]
@@ -28,22 +27,6 @@ _PACKAGES = ("torch", "triton", "flash-attn-4", "xformers", "dilated-attention-p
 _IN_A_ROW = 5  # calls that are started without waiting for one another, as in a model; the first is not counted
 _SLOW = 0.02  # seconds of a call, beyond which fewer are
 _FEWEST = 3  # turns of each contestant, however long they take
-
-
-@contextmanager
-def limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in what runs longer; a step that hangs must not lose those after it."""
-
-    def expired(*_: Any) -> None:
-        raise TimeoutError(f"took more than {seconds:.0f} s")
-
-    before = signal.signal(signal.SIGALRM, expired)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 class Bench:
@@ -91,7 +74,7 @@ class Bench:
         print(json.dumps(row), flush=True)
         if self.path is not None:
             here = {"device": torch.cuda.get_device_name() if self.gpu else platform.processor(), "rows": self.rows}
-            self.path.write_text(json.dumps({**here, "versions": {n: _version(n) for n in _PACKAGES}}, indent=1) + "\n")
+            self.path.write_text(json.dumps({**here, "versions": installed(_PACKAGES)}, indent=1) + "\n")
 
     def step(self, where: dict[str, Any], run: Call, seconds: float = 60.0) -> Any:
         """Return what ``run`` does in some seconds at most; what it raises becomes a row, and None is returned."""
@@ -99,7 +82,7 @@ class Bench:
             self.write({**where, "failed": "no time left"})
             return None
         try:
-            with limit(min(seconds, self.left + 10.0)):
+            with deadline(min(seconds, self.left + 10.0)):
                 return run()
         except Exception as error:  # one failing row must not lose the others
             traceback.print_exc()
@@ -209,10 +192,3 @@ class Bench:
 
 def _in_a_row(seconds: float) -> int:
     return _IN_A_ROW if seconds < _SLOW else 2
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

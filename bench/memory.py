@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=600.0, help="seconds")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    from bench.spine import environment
+    from attnplan.harness import environment
 
     def write(found: list[dict[str, Any]]) -> None:
         if options.json:

@@ -24,8 +24,8 @@ from attnplan import AttentionSpec
 from attnplan.errors import MemoryBudgetError, NoBackendError, RingError
 from attnplan.nn import create_dilated_attention
 from attnplan.nn.factory import SEGMENT_LENGTHS
+from attnplan.packages import installed
 from attnplan.units import format_bytes, format_count, format_seconds
-from bench.spine import environment
 
 DEVICE = "h100"
 HEADS, HEAD_DIM = 12, 64
@@ -100,7 +100,7 @@ def rows() -> Iterator[dict[str, Any]]:
 def run() -> dict[str, Any]:
     """Return all comparisons and what they hold for."""
     example = attnplan.compile(spec("auto", LENGTHS[0]), device=DEVICE).explain("json")
-    here = {**environment(), "device": example["device"]["title"], "basis": example["choice"]["basis"]}
+    here = {"device": example["device"]["title"], "versions": installed(), "basis": example["choice"]["basis"]}
     return {"environment": here, "spec": spec("auto", LENGTHS[0]).to_dict(), "rows": list(rows())}
 
 

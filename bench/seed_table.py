@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--heads", type=int, help="4 on CUDA, 1 on the CPU")
     options = parser.parse_args()
-    from bench.spine import environment
+    from attnplan.harness import environment
 
     def write(found: list[dict[str, Any]]) -> None:
         if options.json:

@@ -26,11 +26,12 @@ from torch import Tensor
 import attnplan
 from attnplan import AttentionSpec
 from attnplan import patterns as P
+from attnplan.harness import environment
 from attnplan.patterns.counts import count_pairs
 from attnplan.patterns.tiles import block_table
 from attnplan.runtime.tiles import TileBuilder
 from attnplan.verify import relative_error
-from bench.spine import environment, interleaved, summary
+from bench.spine import interleaved, summary
 
 MILLION = 1_048_576
 TABLES = {

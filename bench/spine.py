@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import attnplan
 import attnplan.cost
 from attnplan import AttentionSpec
 from attnplan import patterns as P
+from attnplan.harness import environment
 from attnplan.verify import relative_error
 
 WIDTHS, RATES = [512, 1024, 2048, 4096, 8192], [1, 2, 4, 8, 16]
@@ -158,15 +158,6 @@ def explain_without_torch(spec_file: str, rounds: int = 5) -> dict[str, Any]:
         "name": "explain without torch",
         "seconds": {name: summary(t) for name, t in times.items()},
         "share_of_import_torch": medians["explain"] / medians["import torch"],
-    }
-
-
-def environment() -> dict[str, str]:
-    return {
-        "device": attnplan.cost.resolve("cpu").device.title,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "attnplan": attnplan.__version__,
     }
 
 

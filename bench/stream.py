@@ -207,7 +207,7 @@ def main() -> None:
     except (attnplan.errors.AttnPlanError, RuntimeError, MemoryError) as error:
         found = {"failed": f"{type(error).__name__}: {str(error)[:600]}"}
     if options.json:
-        from bench.spine import environment
+        from attnplan.harness import environment
 
         options.json.write_text(json.dumps({"environment": environment(), "row": found}, indent=1) + "\n")
     for name, value in found.items():

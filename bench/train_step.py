@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=0, help="longest length; 2^17 on CUDA, 2^13 on the CPU")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds after which no other row is started")
     options = parser.parse_args()
-    from bench.spine import environment
+    from attnplan.harness import environment
 
     device = "cuda" if options.gpu else "cpu"
     warm_up(device)

@@ -11,7 +11,7 @@ from pathlib import Path
 import attrs
 
 from attnplan import patterns as P
-from attnplan.draw import mask_rows
+from attnplan.mask_text import mask_lines
 from attnplan.spec import AttentionSpec
 
 PAGE = Path(__file__).resolve().parent / "presets.md"
@@ -24,8 +24,8 @@ Published sparse patterns as one line each. All but `neighborhood`, which is an 
 of a line, without `P.`, is also what `pattern =` takes in a spec file.
 
 In the formulas i is the position of a query, j that of a key and h a head. A `window` counts keys as `P.window` does,
-without the query's own position. Each mask is drawn by `attnplan.draw`, one character per pair: queries downwards, keys
-to the right. `█` is a pair of every head, a lighter shade one of some heads.
+without the query's own position. Each mask is drawn by `attnplan.mask_text`, one character per pair: queries
+downwards, keys to the right. `█` is a pair of every head, a lighter shade one of some heads.
 
 <!-- Written by docs/make_presets.py. -->
 """
@@ -56,7 +56,7 @@ class Section:
     def _example(self, code: str) -> list[str]:
         pattern = P.parse(code)
         spec = AttentionSpec(seq_len=self.length, heads=self.heads, head_dim=8, pattern=pattern, causal=self.causal)
-        rows = "\n".join(mask_rows(spec, tiles=self.length))  # a tile is one pair, so that nothing is sampled
+        rows = "\n".join(mask_lines(spec, tiles=self.length))  # a tile is one pair, so that nothing is sampled
         causal = ", causal=True" if self.causal else ""
         call = f"```python\nattnplan.attention(q, k, v, pattern=P.{code}{causal})\n```"
         built = [] if repr(pattern) == code else [f"which is `{pattern!r}`:"]

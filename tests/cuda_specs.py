@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import attrs
+import torch
 
 from attnplan import AttentionSpec
 from attnplan import patterns as P
+from tests.running import error, lse_error
 
 OUTPUT = {"bfloat16": 4e-3, "float16": 1e-3, "float32": 2e-6}
 """Largest relative L2 error of the output."""
 LSE = {"bfloat16": 1e-4, "float16": 1e-4, "float32": 2e-6}
+FLOAT32_GRADIENT = 5e-6
 BASE = AttentionSpec(seq_len=512, heads=8, head_dim=64, batch=2, dtype="bfloat16")
 
 
@@ -32,3 +35,16 @@ SHARED = {
     "window": spec_of(P.window(64), causal=True),
 }
 """What both the kernels of torch and those of other packages run."""
+
+
+def assert_near(got, want, anchor, dtype, ratio, what):
+    """Hold numbers against the oracle's; ``ratio`` is what gradients may err, over dense SDPA's error in that dtype."""
+    floor = 1e-3 * want.out.numel() ** 0.5
+    assert error(got.out, want.out, floor) <= OUTPUT[dtype], what
+    if got.lse is not None:
+        assert got.lse.dtype is torch.float32
+        assert lse_error(got.lse, want.lse) <= LSE[dtype], what
+    for gradient in ("dq", "dk", "dv"):
+        ours, dense, exact = (getattr(n, gradient) for n in (got, anchor, want))
+        limit = FLOAT32_GRADIENT if dtype == "float32" else ratio * max(error(dense, exact, floor), 1e-6)
+        assert error(ours, exact, floor) <= limit, f"{what}: {gradient}"

@@ -92,7 +92,7 @@ def mismatch(rank: int, how: str, validate: str) -> Any:
     options: dict[str, Any] = {}
     if rank == CULPRIT and how in ("longer", "shorter"):
         options["batch"] = 3
-    if rank != CULPRIT and how == "shorter":
+    if rank != CULPRIT and how in ("shorter", "unchanged"):
         options["batch"] = 5
     if rank == CULPRIT and how == "dtype":
         options["dtype"] = torch.bfloat16
@@ -105,7 +105,10 @@ def mismatch(rank: int, how: str, validate: str) -> Any:
 
 def wrong_tensors(rank: int) -> None:
     ring = engine(rank, "always")
-    ring.agree(inputs(rank)[0], {}, gradients=True, wrong=rank == CULPRIT)
+    if rank == CULPRIT:
+        ring.refuse(inputs(rank)[0], {}, SpecError("q is too short"))
+    else:
+        ring.agree(inputs(rank)[0], {}, gradients=True)
 
 
 def again(rank: int) -> str:
@@ -122,13 +125,12 @@ def again(rank: int) -> str:
 def nothing(rank: int, validate: str) -> int:
     ring = engine(rank, validate)
     shaken = []
-    original = handshake.shake_hands
 
-    def counted(*args: Any) -> Any:
-        shaken.append(1)
-        return original(*args)
+    def counted(original: Any) -> Any:
+        return lambda *args: (shaken.append(1), original(*args))[1]
 
-    engines.shake_hands = counted
+    engines.shake_hands = counted(handshake.shake_hands)
+    ring.cards.meet = counted(ring.cards.meet)
     for batch in (1, 1, 2, 2):
         step(ring, rank, batch=batch)
     return len(shaken)

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from bench import longnet_lengths_plot, longnet_table, longnet_timeline
-from bench.longnet_clock import limit
+from bench.deadline import deadline
 
 
 def rows(case, *, causal=False, backward=False, **ms):
@@ -81,8 +81,8 @@ def test_the_picture_over_lengths_has_a_line_for_each_contestant():
 
 def test_a_step_that_hangs_ends():
     start = time.monotonic()
-    with pytest.raises(TimeoutError, match="took more than 0 s"), limit(0.1):
+    with pytest.raises(TimeoutError, match="took more than 0 s"), deadline(0.1):
         time.sleep(5)
     assert time.monotonic() - start < 3
-    with limit(5):
+    with deadline(5):
         pass

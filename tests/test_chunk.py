@@ -15,9 +15,9 @@ import attnplan
 from attnplan import AttentionSpec
 from attnplan import patterns as P
 from attnplan.errors import MemoryBudgetError, PassError, SpecError
-from attnplan.fitting import BLOCKS, LEAST_ROWS, variants
 from attnplan.ir import Attend, Axis, Graph, Output, RowMap, parse_graph, print_graph
 from attnplan.lower import lower
+from attnplan.memory_budget import BLOCKS, LEAST_ROWS, variants
 from attnplan.passes import Chunk, Step, chunk
 from attnplan.passes import cut as cuts
 from attnplan.passes.alike import bodies

@@ -14,7 +14,7 @@ import pytest
 import attnplan
 from attnplan import AttentionSpec
 from attnplan import patterns as P
-from attnplan.draw import SHADES, TILES, mask_rows
+from attnplan.mask_text import SHADES, TILES, mask_lines
 from attnplan.patterns.operands import static_part
 from tests.conftest import ROOT
 
@@ -52,7 +52,7 @@ def met(spec):
     ids=lambda spec: f"{spec.pattern} {spec.seq_len}x{spec.kv_len}",
 )
 def test_a_tile_of_the_small_mask_is_marked_only_if_pairs_meet_in_it(spec):
-    rows = [f"{row:<{TILES}}" for row in mask_rows(spec)]
+    rows = [f"{row:<{TILES}}" for row in mask_lines(spec)]
     if spec.shape.seq_len < TILES:
         assert any(row.strip() for row in rows)
         return
@@ -74,24 +74,24 @@ def test_thin_masks_can_be_seen():
         P.dilated(1_000_000, 512, offset=11),
         P.window(300),
     ):
-        rows = mask_rows(AttentionSpec(**MILLION, pattern=pattern))
+        rows = mask_lines(AttentionSpec(**MILLION, pattern=pattern))
         assert len(rows) == TILES
         for i, row in enumerate(rows):
             assert row[i : i + 1].strip(), f"{pattern}: nothing on the diagonal of {rows}"
             assert not row[i + 1 :].strip(), "nothing above it"
-    whole = mask_rows(AttentionSpec(**MILLION, pattern=P.longnet(LADDER, RATES)))
+    whole = mask_lines(AttentionSpec(**MILLION, pattern=P.longnet(LADDER, RATES)))
     assert all(" " not in row for row in whole), "the longest segment reaches everything before"
 
 
 def test_a_window_has_no_dots_away_from_its_band():
-    rows = mask_rows(AttentionSpec(seq_len=65_536, heads=2, head_dim=8, pattern=P.window(256), causal=True))
+    rows = mask_lines(AttentionSpec(seq_len=65_536, heads=2, head_dim=8, pattern=P.window(256), causal=True))
     for i, row in enumerate(rows):
         assert not row[: max(0, i - 1)].strip()
 
 
 def test_an_empty_mask_says_so():
     spec = AttentionSpec(seq_len=64, heads=2, head_dim=8, pattern=P.window(4) & ~P.full())
-    assert mask_rows(spec) == ["(nothing)"]
+    assert mask_lines(spec) == ["(nothing)"]
 
 
 def test_the_page_says_where_hardware_is_and_what_figures_rest_on():

@@ -9,14 +9,13 @@ import torch
 import attnplan
 from attnplan import AttentionSpec, Dim
 from attnplan import patterns as P
-from tests.cuda_specs import LSE, OUTPUT, SHARED, spec_of
-from tests.running import Call, assert_agree, dense_sdpa, error, every_plan, lse_error, way
+from tests.cuda_specs import FLOAT32_GRADIENT, OUTPUT, SHARED, assert_near, spec_of
+from tests.running import Call, assert_agree, dense_sdpa, error, every_plan, way
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 GRADIENT_RATIO = 1.5
 """Largest error of a gradient over that of dense SDPA in the same dtype on the same tensors."""
-FLOAT32_GRADIENT = 5e-6
 
 SPECS = SHARED | {
     "longnet": spec_of(P.longnet([128, 256, 512], [1, 2, 4])),
@@ -47,17 +46,8 @@ def test_numbers_on_cuda(name, dtype, layout):
     call = Call.of(spec, batch=2, through_lse=False, device="cuda")
     want = call.expected()
     anchor = want if dtype == "float32" else dense_sdpa(call)
-    floor = 1e-3 * want.out.numel() ** 0.5
     for plan in ways_on_cuda(spec):
-        got = call.got(plan)
-        assert error(got.out, want.out, floor) <= OUTPUT[dtype], way(plan)
-        if got.lse is not None:
-            assert got.lse.dtype is torch.float32
-            assert lse_error(got.lse, want.lse) <= LSE[dtype], way(plan)
-        for gradient in ("dq", "dk", "dv"):
-            ours, dense, exact = (getattr(n, gradient) for n in (got, anchor, want))
-            limit = FLOAT32_GRADIENT if dtype == "float32" else GRADIENT_RATIO * max(error(dense, exact, floor), 1e-6)
-            assert error(ours, exact, floor) <= limit, f"{way(plan)}: {gradient}"
+        assert_near(call.got(plan), want, anchor, dtype, GRADIENT_RATIO, way(plan))
 
 
 @pytest.mark.parametrize("dtype", OUTPUT)

@@ -15,8 +15,8 @@ from attnplan.backends import eager, flash, registry, xformers
 from attnplan.cost import resolve
 from attnplan.plan import Plan
 from attnplan.search import Found, _options
-from tests.cuda_specs import LSE, OUTPUT, SHARED, spec_of
-from tests.running import Call, Numbers, assert_agree, dense_sdpa, error, lse_error, way
+from tests.cuda_specs import SHARED, assert_near, spec_of
+from tests.running import Call, Numbers, assert_agree, dense_sdpa, error, way
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -93,17 +93,8 @@ def test_numbers(schedule, dtype, name, request):
     spec = attrs.evolve(SPECS[name], dtype=dtype)
     made = plans(schedule, spec)
     call, want, anchor = expected(spec, False)
-    floor = 1e-3 * want.out.numel() ** 0.5
     for plan in made:
-        got = call.got(plan)
-        assert error(got.out, want.out, floor) <= OUTPUT[dtype], way(plan)
-        if got.lse is not None:
-            assert got.lse.dtype is torch.float32
-            assert lse_error(got.lse, want.lse) <= LSE[dtype], way(plan)
-        for gradient in ("dq", "dk", "dv"):
-            ours, dense, exact = (getattr(n, gradient) for n in (got, anchor, want))
-            limit = GRADIENT_RATIO * max(error(dense, exact, floor), 1e-6)
-            assert error(ours, exact, floor) <= limit, f"{way(plan)}: {gradient}"
+        assert_near(call.got(plan), want, anchor, dtype, GRADIENT_RATIO, way(plan))
 
 
 @pytest.mark.parametrize("name", ["full", "causal", "grouped queries", "window", "more keys", "more queries", "bshd"])

@@ -159,7 +159,29 @@ def test_the_peak_of_pieces_with_score_operands_covers_what_is_allocated(name, t
 
             setting = Setting.of(one.graph, spec, plan._schedule.priced)
             predicted, peak = memory.peak_bytes(one.graph, setting), measured(run, "cpu").allocated
-            assert peak <= predicted <= max(1.3 * peak, peak + 24 * MIB), f"{one}: {predicted / MIB}, {peak / MIB} MiB"
+            assert peak <= predicted <= max(1.3 * peak, peak + 16 * MIB), f"{one}: {predicted / MIB}, {peak / MIB} MiB"
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("other", [{}, pytest.param({"alibi_slopes": True}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["full", "longnet", pytest.param("union", marks=pytest.mark.slow)])
+def test_a_bias_that_broadcasts_needs_no_more_than_is_predicted(name, other, training):
+    """The gradient of one is small, so that no buffer of all pairs is the result, as that of a whole bias is."""
+    spec = AttentionSpec(seq_len=512, dtype="float32", training=training, bias=True, **SHAPE, **GRID[name], **other)
+    for shape in ((4, 512, 512), (4, 1, 512)):
+        leaves = [torch.randn(1, 4, 512, 32, requires_grad=training) for _ in "qkv"]
+        given = {"bias": torch.randn(shape, requires_grad=training)}
+        given |= {n: torch.rand(4, requires_grad=training) for n in other}
+        grad = torch.randn(1, 4, 512, 32)
+        for plan in every_plan(spec):
+
+            def run(plan=plan, leaves=leaves, given=given, grad=grad):
+                out = plan(*leaves, **given)
+                own = (*leaves, *given.values())
+                return (out.detach(), *torch.autograd.grad(out, own, grad)) if training else (out,)
+
+            peak = measured(run, "cpu").allocated
+            assert peak <= plan.predicted.peak_bytes, f"{plan}: {plan.predicted.peak_bytes / MIB}, {peak / MIB} MiB"
 
 
 @pytest.mark.parametrize("budget", ["1 MiB", pytest.param("3 MiB", marks=pytest.mark.slow)])

@@ -10,9 +10,9 @@ from torch.utils.checkpoint import checkpoint
 import attnplan
 from attnplan import AttentionSpec
 from attnplan import patterns as P
-from attnplan.fitting import variants
 from attnplan.ir import Output, parse_graph, print_graph
 from attnplan.lower import lower
+from attnplan.memory_budget import variants
 from attnplan.passes import Recompute, Step
 from attnplan.passes.recompute import saves_more
 from attnplan.plan import Plan

@@ -8,7 +8,7 @@ import torch
 
 import attnplan
 from attnplan import patterns as P
-from attnplan.errors import SpecError
+from attnplan.errors import NoBackendError, SpecError
 from tests.test_ring_virtual import LENGTH, spec_of
 
 
@@ -79,3 +79,9 @@ def test_a_ring_is_not_exported() -> None:
 
     with pytest.raises(Exception, match="no part of an exported program"):
         torch.export.export(Model(), (torch.randn(1, 4, LENGTH, 8),))
+
+
+@pytest.mark.parametrize("name", ["causal", "longnet"])
+def test_the_compiled_backend_refuses_a_ring_with_the_reason(name: str) -> None:
+    with pytest.raises(NoBackendError, match=r"(?s)compiled \(flex\): .*(some rows of the sequence only|whole inputs)"):
+        attnplan.compile(spec_of(name, 2, "float32"), device="cpu", backend="compiled")

@@ -9,14 +9,16 @@ import attrs
 import pytest
 from click.testing import CliRunner
 
+import attnplan
 from attnplan import AttentionSpec
 from attnplan import patterns as P
 from attnplan.cli import main
 from attnplan.cost import catalogue
 from attnplan.cost.comm import exchange_seconds, links, pipelined_seconds
 from attnplan.cost.rules import KernelModel, Setting, forward_cost
-from attnplan.dry import dry_run, render
 from attnplan.errors import RingError, SpecError
+from attnplan.explain_mesh import facts, render
+from attnplan.explain_tables import hop_table
 from attnplan.ir import Receive, parse_graph
 from attnplan.ring import choose, programs, rank_graph, traffic
 from attnplan.ring.choose import RingCandidate
@@ -219,7 +221,7 @@ def test_candidates_without_ranks_cost_nothing_to_look_at() -> None:
 
 def test_the_page_says_what_the_facts_say() -> None:
     spec = AttentionSpec(seq_len=65536, heads=8, head_dim=128, pattern=P.window(256, 0), training=True)
-    found = dry_run(spec, "2x8", "h200")
+    found = facts(spec, "2x8", "h200")
     assert found["choice"]["received_bytes"] == 256 * 8 * 2 * 128 * 2
     assert found["choice"]["received_bytes_backward"] == 3 * found["choice"]["received_bytes"]
     assert found["mesh"] == {"nodes": 2, "per_node": 8, "ranks": 16}
@@ -227,6 +229,29 @@ def test_the_page_says_what_the_facts_say() -> None:
     page = render(found)
     for text in ("16 ranks on 2 nodes of 8", "1 MiB to the rank", "3 MiB backward", "forward and backward", "refused"):
         assert text in page
+
+
+def test_the_pages_of_a_mesh_and_of_a_plan_share_their_tables() -> None:
+    spec = AttentionSpec(seq_len=512, heads=4, head_dim=32, causal=True)
+    plan = attnplan.compile(attrs.evolve(spec, ring_size=4), device="h200", strategy="ring")
+    others = [c.name for c in plan.candidates[1:] if not c.refused]
+    assert others
+    for page in (render(facts(spec, 4, "h200", transport="ring")), plan.explain()):
+        head = next(line for line in page.splitlines() if "rows asked" in line)
+        assert all(word in head for word in ("hop", "from", "bytes", "pairs", "arrive", "hidden", "copies", "kernel"))
+        assert "itself" in page
+        assert page.count("imbalance") >= len(others)
+
+
+def test_long_tables_of_hops_say_what_they_leave_out() -> None:
+    hop = {"peers": 1, "asked": 8, "received": 8, "bytes": 64, "pairs": 0, "comm": 0.0, "hidden": None}
+    hops = [{"hop": i, **hop, "compute": 0.0, "around": 0.0, "kernel": "k"} for i in range(14)]
+    for count, left_out in ((12, []), (13, [8]), (14, [8, 9])):
+        lines = list(hop_table(hops[:count]))[2:]
+        shown = [int(line.split()[0]) for line in lines if "..." not in line]
+        assert shown == [i for i in range(count) if i not in left_out]
+        said = [f"  ... and {len(left_out)} more hops; the JSON lists all"] if left_out else []
+        assert [line for line in lines if "..." in line] == said
 
 
 def test_the_command_line_plans_for_a_mesh() -> None:
@@ -243,4 +268,4 @@ def test_the_command_line_plans_for_a_mesh() -> None:
 
 def test_a_spec_error_stays_one() -> None:
     with pytest.raises(SpecError):
-        dry_run(AttentionSpec(seq_len=64, heads=2, head_dim=8), 4, "h20")
+        facts(AttentionSpec(seq_len=64, heads=2, head_dim=8), 4, "h20")

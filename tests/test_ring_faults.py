@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
 
 from attnplan.runtime.ring.faults import Board, Report, culprit, error_of
+from attnplan.runtime.ring.handshake import Cards, digest
 from tests.ring_group import Ended, run_group
 from tests.ring_workers import (
     CULPRIT,
@@ -19,6 +21,7 @@ from tests.ring_workers import (
     misbehave,
     mismatch,
     nothing,
+    off_by,
     wrong_tensors,
 )
 
@@ -96,13 +99,40 @@ def test_mismatch_is_found_before_the_first_byte(how: str) -> None:
         assert one.seconds < TIMEOUT
 
 
-@pytest.mark.parametrize("how", [pytest.param("plan", marks=pytest.mark.slow), "longer"])
-def test_a_rank_that_alone_sees_a_change_leaves_nobody_waiting(how: str) -> None:
-    """With ``first`` only the rank whose call is new shakes hands: the others must not wait for ever for its keys."""
-    found = run_group(RANKS, mismatch, how, "first", deadline=2 * TIMEOUT + SLACK)
-    for one in found:
-        assert one.error.startswith("RingError"), one
-        assert one.seconds <= TIMEOUT + SLACK
+ALONE = {  # what the survivors say, and the rank itself
+    "plan": ("rank 2 differs in the plan", "RingError: rank 2 of 4, step 2, handshake: "),
+    "batch": ("rank 2 differs in the batch size from rank 0 (1): ", "RingError: rank 2, step 2, handshake: "),
+    "gradients": ("rank 2 differs in whether gradients are asked for", "RingError: rank 2, step 2, handshake: rank 2 "),
+    "shorter": ("rank 2 raised SpecError: q has shape [1, 4, 11, 8]", "SpecError: q has shape [1, 4, 11, 8]"),
+    "longer": ("rank 2 raised SpecError: q has shape [1, 4, 13, 8]", "SpecError: q has shape [1, 4, 13, 8]"),
+    "dtype": ("rank 2 raised SpecError: q has dtype torch.bfloat16", "SpecError: q has dtype torch.bfloat16"),
+}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "how"),
+    [
+        (strategy, how)
+        if (strategy, how) in (("zigzag > ring", "batch"), ("contiguous > all-gather", "longer"))
+        else pytest.param(strategy, how, marks=pytest.mark.slow)
+        for strategy in ("zigzag > ring", "contiguous > all-gather", "contiguous > ulysses", "contiguous > rows")
+        for how in ALONE
+    ],
+)
+def test_a_rank_that_alone_sees_a_change_is_named_by_all(strategy: str, how: str) -> None:
+    """With ``first`` only the rank whose call is new compares: the others wait for its keys, and learn why in vain."""
+    check(found := run_group(RANKS, off_by, strategy, how, "first", deadline=2 * TIMEOUT + SLACK + 30))
+    words, own = ALONE[how]
+    assert all(words in one.error for one in survivors(found)), found
+    assert found[CULPRIT].error.startswith(own)
+
+
+@pytest.mark.slow
+def test_a_rank_that_alone_sees_no_change_is_named_by_all() -> None:
+    found = run_group(RANKS, mismatch, "unchanged", "first", deadline=2 * TIMEOUT + SLACK)
+    check(found)
+    assert all("rank 2 did not come to compare within 2 s" in one.error for one in survivors(found))
+    assert "rank 2 differs in the batch size from rank 0 (5): rank 2: 1" in found[CULPRIT].error
 
 
 def test_a_rank_whose_own_call_is_wrong_tells_the_others() -> None:
@@ -126,6 +156,46 @@ def test_a_broken_ring_stays_broken() -> None:
 )
 def test_when_ranks_shake_hands(validate: str, times: int) -> None:
     assert [one.value for one in run_group(2 * 2, nothing, validate)] == [times] * 4
+
+
+class Remembering(dict[str, bytes]):
+    """A store in one process."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value.encode()
+
+    def add(self, key: str, more: int) -> int:
+        self[key] = str(int(super().get(key, b"0")) + more).encode()
+        return int(self[key])
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+    def delete_key(self, key: str) -> None:
+        del self[key]
+
+
+def test_cards_are_found_by_those_who_do_not_meet_and_forgotten_by_those_who_do() -> None:
+    store = Remembering()
+    first, second, third = (Cards(store, rank, 3, "x") for rank in range(3))
+    first.leave([0, 7, 4, 1])
+    assert second.at(4) == {0: [0, 7, 4, 1]}
+    assert second.at(3) == {}
+    start = time.monotonic()
+    assert third.meet([0, 7, 4, 1], timeout=0.01) == {0: [0, 7, 4, 1], 2: [0, 7, 4, 1]}  # the second did not come
+    assert time.monotonic() - start < 5
+    second.leave([0, 7, 5, 1])
+    third.leave([0, 7, 5, 2])
+    assert first.meet([0, 7, 5, 1], timeout=1.0) == {0: [0, 7, 5, 1], 1: [0, 7, 5, 1], 2: [0, 7, 5, 2]}
+    sizes = []
+    for step in range(6, 12):
+        for one in (first, second):
+            one.leave([0, 7, step, 1])
+        assert set(third.meet([0, 7, step, 1], timeout=1.0)) == {0, 1, 2}
+        for one in (first, second):
+            one._forget(step, one._key(step, f"{digest(json.dumps([0, 7, step, 1])):016x}"))
+        sizes.append(len(store))
+    assert sizes[-1] == sizes[-2] == sizes[-3], "the store grows"
 
 
 def test_the_first_to_fail_is_found_through_others() -> None:

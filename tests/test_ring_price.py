@@ -15,7 +15,7 @@ from attnplan import AttentionSpec
 from attnplan import patterns as P
 from attnplan.cost import catalogue
 from attnplan.cost.comm import exchange_seconds, links, pipelined_seconds
-from attnplan.dry import kernels
+from attnplan.explain_mesh import kernels
 from attnplan.ir import Axis, RowMap
 from attnplan.passes import ring
 from attnplan.passes.ring_runs import Piece

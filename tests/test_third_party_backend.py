@@ -58,6 +58,20 @@ def test_the_example_is_found_through_its_entry_point_and_is_right(installed):
     assert "knows bands only, not documents()" in str(matrix)
 
 
+def test_its_plans_are_one_operator_of_a_whole_graph_though_it_registers_none(installed):
+    spec = attnplan.AttentionSpec(seq_len=32, heads=2, head_dim=8, causal=True, dtype="float32")
+    plan = attnplan.compile(spec, backend="banded")
+    q, k, v = (torch.randn(1, 2, 32, 8, requires_grad=True) for _ in range(3))
+    graphs = []
+    both = [
+        call(q, k, v)
+        for call in (plan, torch.compile(plan, fullgraph=True, backend=lambda m, _: graphs.append(m) or m))
+    ]
+    assert [n.target for n in graphs[0].graph.nodes if "attnplan" in str(n.target)] == [torch.ops.attnplan.planned]
+    for a, b in zip(*(torch.autograd.grad(out.square().sum(), (q, k, v)) for out in both), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -44,7 +44,7 @@ def batches(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec) -> tuple[Batc
     if op.boxes is not None or op.shift is None or op.where.operands:
         return (_largest(op, q, k, spec, heads),)
     found: dict[tuple[int, int], int] = {}
-    for counts, members in _counts(op, q, k, spec):
+    for counts, members in tile_counts(op, q, k, spec):
         start = 0
         while start < len(counts):
             width = counts[start]
@@ -67,7 +67,7 @@ def _last_alike(counts: list[int], start: int) -> int:
     return low
 
 
-def _counts(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec) -> list[tuple[list[int], int]]:
+def tile_counts(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec) -> list[tuple[list[int], int]]:
     """Return the tiles that each row keeps, the fullest first, and how many heads keep the same."""
     import numpy as np
 

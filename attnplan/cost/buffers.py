@@ -60,29 +60,38 @@ def _threads() -> int:
     return min(int(given), here) if given.isdigit() and int(given) else here
 
 
-def bias_bytes(
-    op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec, inputs: tuple[int, int], *, whole: bool, plain: bool
-) -> int:
+def bias_bytes(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec, *, whole: bool, plain: bool) -> int:
     """Return the bytes of what is added to the scores of an attend; in training, of its gradient too.
 
-    ``inputs`` are the elements of q (rows of all heads) and the rows of k that the graph is given. ``whole`` says that
-    the attend runs on all of them, so that a bias is no copy; ``plain``, that it is plain torch.
+    ``whole`` says that the attend runs on all rows that the graph is given, so that a bias is no copy; ``plain``, that
+    it is plain torch. The gradient of a whole bias, which others are added to, is :func:`bias_total`.
     """
     if not op.biases:
         return 0
     acc, alone = 8 if spec.dtype == "float64" else 4, op.biases == ("bias",)
     pairs = prod(q.sizes) * -(-k.length // 16) * 16 * spec.batch * acc  # rows of scores are padded
     apart = 0 if alone else prod(a.size for a in q.batch if a.row) * q.length * k.length  # distances, of 8 bytes each
-    made = (1 if alone and whole else 2) + (2 if alone else 3) * spec.training
-    total = 0
-    if spec.training and not whole and "bias" in op.biases:  # two gradients of the whole bias
-        total = 2 * prod(inputs) * acc
+    # Of a bias that broadcasts the gradient is small: that of the scores is then a buffer beside the result.
+    made = (1 if alone and whole else 2) + 3 * spec.training
+    if not whole:  # rows of a bias, products of slopes and their sum
+        made = max(made, 1 + len(op.biases))
     sinks = spec.batch * spec.heads * spec.shape.seq_len * spec.value_dim * acc if spec.sink_logits else 0
     indices = 0
     if op.at is not None and spec.training and not whole and "bias" in op.biases:
         indices = 26 * pairs // acc  # in a piece nothing else hides those of a gradient
     if plain:
         distances = 8 * apart if spec.training else max(0, 24 * apart - 3 * pairs)
-        return (0 if alone and whole else pairs) + distances + indices + total // 2
-    small = made * pairs // 16 + 2**12  # positions
-    return max(made * pairs + 6 * apart, 24 * apart) + small + total + sinks + indices
+        return (0 if alone and whole else pairs) + distances + indices
+    small = pairs // 16 + 2**12  # positions
+    return max(made * pairs + 6 * apart, 24 * apart) + small + sinks + indices
+
+
+def bias_total(op: Attend, spec: AttentionSpec, inputs: tuple[int, int], attends: int, *, whole: bool) -> int:
+    """Return the bytes of a whole bias's gradient from one attend, to which that of another is added; else 0.
+
+    ``inputs`` are the elements of q (rows of all heads) and the rows of k that the graph is given. The only gradient is
+    the result, which counts nowhere.
+    """
+    if not spec.training or whole or attends == 1 or "bias" not in op.biases:
+        return 0
+    return prod(inputs) * (8 if spec.dtype == "float64" else 4)

@@ -12,7 +12,8 @@ from math import prod
 import attrs
 
 from attnplan.cost.batches import batch_memory, lookup_bytes, table_bytes
-from attnplan.cost.buffers import bias_bytes, flash_cpu, looked_up, mask_elements
+from attnplan.cost.buffers import bias_bytes, bias_total, flash_cpu, looked_up, mask_elements
+from attnplan.cost.chunked import chunk_bytes, kept_bytes, runs_chunks
 from attnplan.cost.plain import plain_training
 from attnplan.cost.rules import Setting, value_bytes, with_tiles
 from attnplan.ir import Attend, Graph, Input, Merge, Mix, Node, Output, Take
@@ -169,6 +170,7 @@ class _Model:
         self.item, self.acc = setting.item, setting.accumulator
         self.plain = setting.kernel.materialises and not any(op.loop for _, op in graph.of(Attend))
         rows = _rows(graph) * setting.batch
+        self.chunked = runs_chunks(setting, kind)
         self.output_bytes = rows * graph.output.type.features * self.item
         self.gradient_bytes = sum(value_bytes(n, setting) for n in graph.inputs.values())
         self.wide = self.gradient_bytes // self.item * self.acc if self.acc != self.item else 0
@@ -210,8 +212,10 @@ class _Model:
         if self.plain:
             return self._plain_training()
         saved = self._saved()
-        forward = self.inference()
-        both = Memory(workspace=2 * self.masks, saved=saved + self._lse())  # the backward builds masks of its own
+        keeps = self.chunked and self.setting.kernel.keeps
+        kept = Memory(saved=sum(kept_bytes(self.graph, n, self.setting) for n, _ in self.graph.of(Attend) if keeps))
+        forward = self.inference() + kept
+        both = kept + Memory(workspace=2 * self.masks, saved=saved + self._lse())  # the backward builds its own masks
         return larger(forward, self._backward() + both)
 
     def again(self) -> Memory:
@@ -251,6 +255,8 @@ class _Model:
             q, k = (self.graph[a].type.rows for a in node.args[:2])
             pairs = q.elements_count * k.length * self.setting.batch
             extra += max(pairs * (1 + self.acc), 25 * pairs - self._workspace(node))
+        if self.chunked:
+            return own, Memory(workspace=own + extra + chunk_bytes(self.graph, node, self.setting, backward=False))
         if op.tile is not None and not self._skips_tiles(op):
             tiles, copies = batch_memory(self.graph, node, op, self.setting, backward=False)
             return own, Memory(workspace=own + tiles, gathered=copies)
@@ -272,10 +278,15 @@ class _Model:
         kept, made = self._condition(node)
         op, (q, k) = node.op, (self.graph[a].type.rows for a in node.args[:2])
         assert isinstance(op, Attend)
-        whole = not any(isinstance(n.op, Take) for n in self.graph.args(node))
-        inputs = self.graph.inputs["q"].type.rows.elements_count, self.graph.inputs["k"].type.rows.length
-        made += self._round(bias_bytes(op, q, k, self.setting.spec, inputs, whole=whole, plain=self.plain))
+        own = bias_bytes(op, q, k, self.setting.spec, whole=self._is_whole(node), plain=self.plain)
+        total = 0 if self.plain else self._bias_total(node, op)
+        made += self._round(max(total + own, 2 * total))
         return kept, made
+
+    def _bias_total(self, node: Node, op: Attend) -> int:
+        inputs = self.graph.inputs["q"].type.rows.elements_count, self.graph.inputs["k"].type.rows.length
+        attends = len(self.graph.of(Attend))
+        return bias_total(op, self.setting.spec, inputs, attends, whole=self._is_whole(node))
 
     def _condition(self, node: Node) -> tuple[int, int]:
         """Return the bytes of a mask that stays with the plan, and of what is made of it in each call."""
@@ -293,6 +304,8 @@ class _Model:
             return 0, 0
         pairs = self._round(mask_elements(op, *mask_rows(op, q, k), self.setting.batch, self.setting.spec))
         made = pairs if self.plain else pairs * (1 + self.item)  # its complement, and what is added to scores
+        if op.biases:  # what is added is the bias, which is counted as such
+            made = pairs
         if op.loop is not None:
             made = pairs
         each = 34 if self.kind == "cpu" and looked_up(op.where) else 2  # two conditions before they are joined
@@ -387,6 +400,8 @@ class _Model:
 
     def _attend_backward(self, node: Node, op: Attend, group: list[Node]) -> Memory:
         _, extra = self._mask(node)
+        if self.chunked:
+            return Memory(workspace=extra + chunk_bytes(self.graph, node, self.setting, backward=True))
         if op.tile is not None and (not self._skips_tiles(op) or "tile-masks" in self.setting.kernel.native):
             tiles, copies = batch_memory(self.graph, node, op, self.setting, backward=True)
             q, k, v = (self.graph[a].type for a in node.args)
@@ -423,8 +438,9 @@ class _Model:
 
     def _plain_training(self) -> Memory:
         made = {n.id: self._mask(n)[1] for n, _ in self.graph.of(Attend)}
+        learnt = max((self._bias_total(n, op) for n, op in self.graph.of(Attend)), default=0)
         saved, workspace = plain_training(
-            self.graph, self.setting, made, self.masks, self.output_bytes, self.gradient_bytes, self.wide
+            self.graph, self.setting, made, learnt, self.masks, self.output_bytes, self.gradient_bytes, self.wide
         )
         return Memory(workspace=workspace, saved=saved)
 

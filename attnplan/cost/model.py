@@ -185,6 +185,8 @@ class _Clock:
         self.peak = device.rate(spec.dtype, spec.precision) or device.rate("float32")
         self.kernel: KernelParameters = table.kernel(kernel.key, kernel.efficiency)
         self.materialises = kernel.materialises
+        self.again = 2.0 if kernel.keeps else 2.5
+        """Matrix products of a backward for each of the forward."""
 
     def op(self, load: Load) -> OpCost:
         if load.forward is FREE and load.backward is FREE:
@@ -194,7 +196,9 @@ class _Clock:
         host = self._host(load, load.forward, self.kernel.host)
         parts = [forward]
         if load.backward is not FREE:
-            parts.append(self._device(load, load.backward, self.kernel.backward, self.kernel.causal_backward, 2.5))
+            parts.append(
+                self._device(load, load.backward, self.kernel.backward, self.kernel.causal_backward, self.again)
+            )
             host += self._host(load, load.backward, self.kernel.backward_host)
         compute, memory, start = (sum(p[i] for p in parts) for i in range(3))
         if self.device.kind == "cpu":

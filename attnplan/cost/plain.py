@@ -15,6 +15,7 @@ def plain_training(
     graph: Graph,
     setting: Setting,
     made: Mapping[int, int],
+    learnt: int,
     masks: int,
     output_bytes: int,
     gradient_bytes: int,
@@ -31,6 +32,8 @@ def plain_training(
         The program, and where it runs.
     made
         Bytes of masks and biases that a call makes for each attend, by node.
+    learnt
+        Bytes of a whole bias's gradient, where several attends have one.
     masks
         Bytes of masks that stay with the plan.
     output_bytes, gradient_bytes
@@ -46,11 +49,12 @@ def plain_training(
     spread = sum(rows * (len(n.args) + 4) + _weights(graph, n, setting) for n in graph if isinstance(n.op, Merge | Mix))
     beside = max(wide - output_bytes, rows if wide else 0)
     found = [(saved, outs + spread + beside)]
-    done = 0  # gradients of whole q, k and v, once a backward has been run
+    done = before = 0  # gradients of whole q, k and v, and of a bias, once a backward has been run
     for scores, kept, out in reversed(attends):
-        found.append((saved, 3 * scores + masks + outs + done))
-        found.append((saved - kept, outs - out + 5 * whole // 3))  # two, while one is added to the other
-        saved, outs, done = saved - kept, outs - out, whole
+        found.append((saved, 3 * scores + masks + outs + done + before))
+        added = 5 * whole // 3 + learnt + before  # two, while one is added to the other
+        found.append((saved if learnt else saved - kept, outs - out + added))  # a bias comes before the rest is freed
+        saved, outs, done, before = saved - kept, outs - out, whole, learnt
     best = max(found, key=sum)
     return best[0], max(0, best[1] - gradient_bytes)
 

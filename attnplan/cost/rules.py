@@ -8,7 +8,7 @@ from math import prod
 import attrs
 
 from attnplan.cost.joins import rows_there
-from attnplan.cost.tiles import DOCUMENTS, attend_tiles
+from attnplan.cost.tiles import DOCUMENTS, attend_tiles, launches_of_tiles
 from attnplan.errors import PassError
 from attnplan.ir import Attend, Graph, Input, Merge, Mix, Node, Op, Output, Receive, RowMap, Take
 from attnplan.ir.launch import fold, launches
@@ -72,6 +72,8 @@ class KernelModel:
     """What the kernel does by itself, in the words of :mod:`attnplan.ir.native`."""
     skips: bool = False
     """Whether it skips the tiles without a pair by itself, whatever says which pairs meet."""
+    keeps: bool = False
+    """Whether a forward that is trained keeps the weights of all its tiles, which the backward then has not to make."""
     key: str = ""
     """Its name in the table of :mod:`attnplan.cost.parameters`; a kernel without one runs at :attr:`efficiency`."""
     writes_into: bool = False
@@ -261,12 +263,19 @@ def _attend(node: Node, setting: Setting) -> Cost:
     if kernel.materialises:  # inputs are widened first, and shared keys repeated
         moved += 4 * sum(value_bytes(n, setting) for n in (q, k, v))
         moved += int(6 * prod(q.type.rows.sizes[:-1]) * setting.batch * rows * columns * setting.accumulator)
+    pairs = work.flops / (2 * (q.type.features + v.type.features))
     return Cost(
         flops=work.flops,
-        exps=work.flops / (2 * (q.type.features + v.type.features)),
-        bytes=moved,
+        exps=pairs,
+        bytes=moved + _kept(op, pairs, setting),
         launches=(1 + 4 * (work.masked and not kernel.skips) + 4 * kernel.materialises) * _steps(op, rows, columns),
     )
+
+
+def _kept(op: Attend, pairs: float, setting: Setting) -> float:
+    """Return the bytes of the weights, and of slopes of a softcap, that a forward keeps for its backward."""
+    each = (1 + (op.softcap is not None)) * setting.accumulator
+    return pairs * each if setting.kernel.keeps and setting.spec.training else 0
 
 
 def _steps(op: Attend, rows: int, columns: int) -> int:
@@ -346,22 +355,8 @@ def _tiled_attend(node: Node, setting: Setting) -> Cost:
         copied=gathered + masks + permuted,
         launches=1
         if "blocks" in setting.kernel.native
-        else _launches_of_tiles(q.type.rows.length, kept, heads, op.tile),
+        else launches_of_tiles(q.type.rows.length, kept, heads, op.tile),
     )
-
-
-_GATHERED = 1 << 22
-"""Keys x features of all heads that one batch of tiles gathers, as in ``runtime/tiles.py``."""
-_OPERATORS = 20
-"""Operators that one batch of tiles takes."""
-
-
-def _launches_of_tiles(rows: int, kept: float, heads: int, tile: tuple[int, int]) -> int:
-    """Return the operators for tiles that are gathered, a batch of tile rows at a time."""
-    tile_rows = max(1, -(-rows // tile[0]))
-    width = max(1.0, kept / heads / tile_rows)
-    at_once = max(1, int(_GATHERED / (width * tile[1] * 64 * heads)))
-    return _OPERATORS * (1 + -(-tile_rows // at_once))
 
 
 def _join(node: Node, setting: Setting) -> Cost:
@@ -420,13 +415,18 @@ def forward_cost(
 def backward_cost(node: Node, setting: Setting) -> Cost:
     """Return the cost of one node in the backward pass.
 
-    An attend computes five matrix products where it computed two. Rows that were taken have gradients that are added
-    to those of the whole inputs, in the accumulating dtype: by one operator for each take, or by the join that pulls.
+    An attend computes five matrix products where it computed two, four if its weights were kept. Rows that were taken
+    have gradients that are added to those of the whole inputs, in the accumulating dtype: by one operator for each
+    take, or by the join that pulls.
     """
     forward = forward_cost(node, setting)
     graph, op = setting.graph, node.op
     if isinstance(op, Attend):
         launches = 2 * forward.launches + 2
+        kept = _kept(op, forward.exps, setting)
+        if kept:
+            moved = 2.5 * (forward.bytes - kept) + kept
+            return Cost(2 * forward.flops, 0, moved, 0.0, launches, 2 * forward.copied)
         return Cost(2.5 * forward.flops, forward.exps, 2.5 * forward.bytes, 0.0, launches, 2 * forward.copied)
     pulls = any(getattr(n.op, "pull", False) for n in graph)
     elements = node.type.rows.elements_count * setting.batch * node.type.features if node.type else 0

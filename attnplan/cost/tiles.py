@@ -58,3 +58,17 @@ def fullest_row(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec) -> int:
         where = where & _equal_documents(spec.shape.kv_len)
     grid = Grid(q.row + op.shift, q.length, k.row, k.length, op.tile)
     return row_counts(where, attrs.evolve(spec.shape, batch=1), grid, [head for _, head in q.batch_heads()])
+
+
+_GATHERED = 1 << 22
+"""Keys x features of all heads that one batch of tiles gathers, as in ``runtime/tiles.py``."""
+_OPERATORS = 20
+"""Operators that one batch of tiles takes."""
+
+
+def launches_of_tiles(rows: int, kept: float, heads: int, tile: tuple[int, int]) -> int:
+    """Return the operators for tiles that are gathered, a batch of tile rows at a time."""
+    tile_rows = max(1, -(-rows // tile[0]))
+    width = max(1.0, kept / heads / tile_rows)
+    at_once = max(1, int(_GATHERED / (width * tile[1] * 64 * heads)))
+    return _OPERATORS * (1 + -(-tile_rows // at_once))

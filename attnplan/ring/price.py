@@ -11,7 +11,7 @@ import attrs
 from attnplan.cost import Device, KernelModel, Prediction, price
 from attnplan.cost.comm import Links, exchange_seconds, pipelined_seconds
 from attnplan.cost.parameters import DATA_SHEET, Parameters, defaults
-from attnplan.errors import PassError
+from attnplan.errors import NoBackendError, PassError
 from attnplan.ir import Graph, Merge
 from attnplan.ir.buffers import Buffer
 from attnplan.ir.graph import rewrite
@@ -46,7 +46,7 @@ class Kernel:
 
     name: str
     model: KernelModel
-    refuses: Callable[[Graph], bool] = lambda graph: False
+    refuses: Callable[[Graph], tuple[str, ...]] = lambda graph: ()
 
 
 @attrs.frozen
@@ -249,7 +249,11 @@ class Pricer:
         key = (len(plan.ring.queries), plan.ring.heads[1] - plan.ring.heads[0], *(_shape(p) for p in hop.parts.parts))
         if key not in self._seconds:
             graph, attended = self._graph(plan, hop)
-            found = [(self._priced(graph, k, training=False), k) for k in self.kernels if not k.refuses(graph)]
+            reasons = {k.name: k.refuses(graph) for k in self.kernels}
+            found = [(self._priced(graph, k, training=False), k) for k in self.kernels if not reasons[k.name]]
+            if not found:
+                lines = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in reasons.items())
+                raise NoBackendError(f"no kernel that was asked for runs a rank's part of a ring:\n{lines}")
             forward, kernel = min(found, key=lambda f: f[0].seconds)
             both = self._priced(graph, kernel, training=True) if self.spec.training else forward
             each = (_device_and_host(forward, self.device), _device_and_host(both, self.device))

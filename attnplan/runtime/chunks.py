@@ -7,7 +7,6 @@ program serves every chunk, and the tables differ between plans in tensors only.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -16,11 +15,11 @@ import attrs
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 
 from attnplan.patterns import Pattern, Shape
 from attnplan.patterns.tiles import BlockTable, Grid, block_table
-from attnplan.runtime.compiling import PerShape
+from attnplan.runtime.chunk_programs import Part, Sizes, places, structure
 from attnplan.runtime.conditions import Condition, condition
 from attnplan.runtime.scores import biased, pointwise
 from attnplan.runtime.tables import tables_by_shift
@@ -28,41 +27,6 @@ from attnplan.runtime.views import accumulator
 
 _SCORES = 1 << 19
 """Scores of one chunk: what a core's cache holds."""
-_KEPT = 256
-
-
-@attrs.frozen
-class Sizes:
-    """What is the same for all plans of one structure, beside the condition."""
-
-    tile: tuple[int, int]
-    heads: int
-    kv_heads: int
-    lengths: tuple[int, int]
-    scale: float
-    softcap: float | None
-    biases: tuple[str, ...] = ()
-    """Operands that are added to scores."""
-
-
-class Chunks:
-    """The compiled forward and backward of one structure."""
-
-    def __init__(self, module: fx.GraphModule, sizes: Sizes) -> None:
-        self.module, self.sizes = module, sizes
-        self.forward = PerShape(forward, "block gather, forward")
-        self.backward = PerShape(backward, "block gather, backward")
-
-
-_structures: OrderedDict[tuple[int, Sizes], Chunks] = OrderedDict()
-
-
-def structure(module: fx.GraphModule, sizes: Sizes) -> Chunks:
-    """Return the structure of a condition and sizes, the same object for equal ones."""
-    key = (id(module), sizes)
-    if len(_structures) >= _KEPT:
-        _structures.popitem(last=False)
-    return _structures.setdefault(key, Chunks(module, sizes))
 
 
 @attrs.frozen(eq=False)
@@ -92,104 +56,6 @@ class Items:
     def first(self) -> int:
         """How many items hold the first tiles of a row; 0 if no row has a key."""
         return self.bounds[min(1, len(self.bounds) - 1)]
-
-
-Part = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""Head, row, columns, number of kept columns and owner of some items."""
-
-
-def _places(part: Part, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return batch element, head, query row and key row of the scores of some items; they broadcast."""
-    head, row, columns, _, _ = part
-    tall, wide = sizes.tile
-    q_row = (row * tall).reshape(-1, 1, 1) + torch.arange(tall, device=row.device).reshape(1, -1, 1)
-    k_row = columns.unsqueeze(2) * wide + torch.arange(wide, device=row.device)
-    batch, h = head // sizes.heads, head % sizes.heads
-    return batch.reshape(-1, 1, 1), h.reshape(-1, 1, 1), q_row, k_row.flatten(1).unsqueeze(1)
-
-
-def _scores(
-    q: Tensor, k: Tensor, part: Part, captures: Sequence[Tensor], biases: Sequence[Tensor], like: Chunks
-) -> tuple[Tensor, ...]:
-    """Return q ``[n, R, D]``, k ``[n, C, D]``, K/V heads ``[n, 1]``, scores before and with biases, and mask."""
-    head, row, columns, kept, own = part
-    sizes, wider = like.sizes, accumulator(q.dtype)
-    wide = sizes.tile[1]
-    some_q = q[head, row].to(wider)
-    batch, h, q_row, k_row = _places(part, sizes)
-    owner = own.unsqueeze(1)
-    some_k = k[owner, columns].flatten(1, 2).to(wider)
-    raw = (some_q @ some_k.transpose(1, 2)) * sizes.scale
-    capped = raw if sizes.softcap is None else sizes.softcap * torch.tanh(raw / sizes.softcap)
-    slot = torch.arange(columns.shape[1] * wide, device=q.device) // wide
-    mask = like.module.forward(batch, h, q_row, k_row, *captures)
-    mask = mask & (slot < kept.unsqueeze(1)).unsqueeze(1) & (k_row < sizes.lengths[1])
-    added = biased(capped, sizes.biases, biases, batch, h, q_row, k_row)
-    return some_q, some_k, owner, capped, added, mask & (q_row < sizes.lengths[0])
-
-
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    head: Tensor,
-    row: Tensor,
-    columns: Tensor,
-    kept: Tensor,
-    own: Tensor,
-    captures: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    like: Chunks,
-) -> tuple[Tensor, Tensor]:
-    """Return output ``[n, R, Dv]`` and LSE ``[n, R]`` of some items; q, k and v are cut in tiles of rows."""
-    part = (head, row, columns, kept, own)
-    _, _, owner, _, scores, mask = _scores(q, k, part, captures, biases, like)
-    scores = torch.where(mask, scores, -torch.inf)
-    top = scores.amax(-1, keepdim=True)
-    top = torch.where(top == -torch.inf, 0.0, top)  # a row without a key: -inf minus -inf would be NaN
-    weights = torch.exp(scores - top)
-    total = weights.sum(-1, keepdim=True)
-    some_v = v[owner, columns].flatten(1, 2).to(scores.dtype)
-    out = (weights @ some_v) / torch.where(total == 0, 1.0, total)
-    return out, (top + torch.log(total)).squeeze(-1)
-
-
-def backward(
-    grad: Tensor,
-    grad_lse: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    head: Tensor,
-    row: Tensor,
-    columns: Tensor,
-    kept: Tensor,
-    own: Tensor,
-    captures: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    like: Chunks,
-) -> tuple[Tensor, ...]:
-    """Return dq ``[n, R, D]``, dk and dv ``[n, C, D]`` of some items from the merged output and LSE of their rows.
-
-    Where there are biases, the gradient of the scores ``[n, R, C]`` follows.
-    """
-    part = (head, row, columns, kept, own)
-    some_q, some_k, owner, capped, scores, mask = _scores(q, k, part, captures, biases, like)
-    some_v = v[owner, columns].flatten(1, 2).to(scores.dtype)
-    own_grad, own_out = grad[head, row].to(scores.dtype), out[head, row].to(scores.dtype)
-    own_lse = lse[head, row].unsqueeze(-1)
-    finite = torch.where(own_lse == -torch.inf, 0.0, own_lse)
-    weights = torch.where(mask, torch.exp(scores - finite), 0.0)
-    shift = (own_grad * own_out).sum(-1, keepdim=True) - grad_lse[head, row].unsqueeze(-1)
-    biased_slope = weights * (own_grad @ some_v.transpose(1, 2) - shift)
-    slope = biased_slope
-    if like.sizes.softcap is not None:
-        slope = torch.where(mask, slope * (1 - (capped / like.sizes.softcap) ** 2), 0.0)
-    slope = slope * like.sizes.scale
-    found = (slope @ some_k, slope.transpose(1, 2) @ some_q, weights.transpose(1, 2) @ own_grad)
-    return (*found, biased_slope) if like.sizes.biases else found
 
 
 class ChunkedAttend:
@@ -230,14 +96,22 @@ class ChunkedAttend:
             found.append(block_table(self.where, self.shape, self.sizes.tile, tables, grid=grid))
         return found
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return output ``[B, H, S, Dv]`` and LSE ``[B, H, S]``."""
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], keep: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return output ``[B, H, S, Dv]`` and LSE ``[B, H, S]``; ``keep`` gets what :meth:`backward` may be given."""
         work, captures = self._items(operands, q)
         cut = [_cut(x, n) for x, n in zip((q, k, v), _sides(self.sizes.tile), strict=True)]
         wider = accumulator(q.dtype)
         biases = [x.detach() for x in pointwise(self.sizes.biases, operands, self.shift, q)]
         rest = (captures, biases, self.like)
-        parts = [self.like.forward(_shapes((*captures, *biases)), *cut, *part, *rest) for part, _ in _parts(work)]
+        run = self.like.forward if keep is None else self.like.forward_kept
+        parts = []
+        for part, _ in _parts(work):
+            both = run(_shapes((*captures, *biases)), *cut, *part, *rest)
+            parts.append(both[:2])
+            if keep is not None:
+                keep += both[2:]
         outs, lses = (torch.cat(x) for x in zip(*parts, strict=True)) if parts else (q, q)
         out = torch.zeros((*cut[0].shape[:3], v.shape[-1]), dtype=wider, device=q.device)
         lse = torch.full(cut[0].shape[:3], -torch.inf, dtype=wider, device=q.device)
@@ -254,8 +128,12 @@ class ChunkedAttend:
         given: Sequence[Tensor],
         operands: Mapping[str, Any],
         names: Sequence[str] = (),
+        kept: Sequence[Tensor] = (),
     ) -> tuple[Tensor, ...]:
-        """Return dq, dk, dv from ``(grad, grad_lse)`` and ``(q, k, v, out, lse)``, then those of the named operands."""
+        """Return dq, dk, dv from ``(grad, grad_lse)`` and ``(q, k, v, out, lse)``, then those of the named operands.
+
+        ``kept`` is what :meth:`forward` kept, if it did.
+        """
         q, k, v, out, lse = given
         work, captures = self._items(operands, q)
         tall, wide = self.sizes.tile
@@ -270,9 +148,15 @@ class ChunkedAttend:
         flat = [x.flatten(0, 1) for x in totals]
         biases = [x.detach() for x in pointwise(self.sizes.biases, operands, self.shift, q)]
         rest = (captures, biases, self.like)
+        each = 2 + (self.sizes.softcap is not None)
         own = [torch.zeros(operands[n].shape, dtype=totals[0].dtype, device=q.device) for n in names]
         for start, (part, real) in zip(range(0, work.bounds[-1], work.step), _parts(work), strict=True):
-            dq, dk, dv, *slope = self.like.backward(_shapes((*captures, *biases)), *rows, *cut, *part, *rest)
+            if kept:
+                weights, highest, *bend = kept[start // work.step * each : (start // work.step + 1) * each]
+                some = (*part[:3], part[4], weights, highest, bend, self.like)
+                dq, dk, dv, *slope = self.like.backward_kept(None, *rows, *cut, *some)
+            else:
+                dq, dk, dv, *slope = self.like.backward(_shapes((*captures, *biases)), *rows, *cut, *part, *rest)
             for total, x in zip(own, self._own_gradients(slope, part, operands, names, q), strict=True):
                 total.add_(x)
             once = min(max(work.first - start, 0), real)  # first tiles of rows: nothing is there to add to
@@ -300,7 +184,7 @@ class ChunkedAttend:
             with torch.enable_grad():
                 leaves = {n: operands[n].detach().to(flow.dtype).requires_grad_() for n in names}
                 tensors = pointwise(self.sizes.biases, {**operands, **leaves}, self.shift, q)
-                made = biased(torch.zeros_like(flow), self.sizes.biases, tensors, *_places(part, self.sizes))
+                made = biased(torch.zeros_like(flow), self.sizes.biases, tensors, *places(part, self.sizes))
             return torch.autograd.grad(made, list(leaves.values()), flow)
 
 

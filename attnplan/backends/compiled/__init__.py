@@ -57,6 +57,14 @@ INDUCTOR_CPU = Schedule(
     chunk=None,
     tested="CPU",
 )
+INDUCTOR_KEPT_CPU = Schedule(
+    name="inductor-kept",
+    kernel=KernelModel(efficiency=0.2, tile=128, native=_NATIVE, skips=True, key="inductor", keeps=True),
+    title="gathered tiles in plain torch, weights kept for the backward",
+    tile=(128, 128),
+    chunk=None,
+    tested="CPU",
+)
 
 FLASH_SINCE = (2, 13)
 """Earlier versions of torch hand masks to its kernels that flash-attn 4 reads in another way."""
@@ -83,6 +91,8 @@ SDPA_CPU, SDPA_CUDNN, SDPA_FLASH = (_around(kernel, name) for name, kernel in LA
 class Compiled(Backend):
     """Schedules: ``flex``, ``flex-flash``: FlexAttention; ``inductor``: gathered tiles on the CPU; ``sdpa``: lattices.
 
+    ``inductor-kept`` keeps the weights of these tiles for the backward: faster to train, for the memory that it says.
+
     It is not chosen by ``backend="auto"``: the first call compiles for seconds, which no prediction of a call holds.
     With ``tune=True`` the schedules that have been run on a kind of device are measured beside the others, compiled.
     """
@@ -97,7 +107,7 @@ class Compiled(Backend):
 
     def schedules(self, device: Device) -> tuple[Schedule, ...]:
         return (
-            (FLEX_CPU, INDUCTOR_CPU, SDPA_CPU)
+            (FLEX_CPU, INDUCTOR_CPU, INDUCTOR_KEPT_CPU, SDPA_CPU)
             if device.kind == "cpu"
             else (FLEX_CUDA, FLEX_FLASH, SDPA_CUDNN, SDPA_FLASH)
         )
@@ -136,6 +146,9 @@ def _reasons(graph: Graph, spec: AttentionSpec, schedule: Schedule, device: Devi
         yield "its masks count rows and heads from 0, the inputs of this graph are some rows of the sequence only"
     if op.boxes is not None:
         yield "its tiles are runs of rows, those of this graph are boxes of a grid"
+    arriving = op.where.operands or op.shift is None
+    if schedule.kernel.keeps and arriving:
+        yield "it keeps the weights of tiles, and how many there are is known only when the call decides which"
     if schedule.name in ("flex", "flex-flash"):
         yield from _flex_reasons(op, spec, device)
     if schedule.name == "flex-flash":

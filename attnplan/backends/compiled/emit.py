@@ -14,7 +14,8 @@ from attnplan.backends.eager.places import owners, place
 from attnplan.errors import SpecError
 from attnplan.ir import Attend, Graph, Merge, Mix
 from attnplan.ir.slots import slot_condition
-from attnplan.runtime.chunks import ChunkedAttend, Sizes
+from attnplan.runtime.chunk_programs import Sizes
+from attnplan.runtime.chunks import ChunkedAttend
 from attnplan.runtime.first_order import first_order
 from attnplan.runtime.flex import FlexAttend, Options
 from attnplan.runtime.lattice_programs import LatticeProgram
@@ -47,7 +48,7 @@ def emit(graph: Graph, spec: AttentionSpec, schedule: Schedule, device: str) -> 
     if chunked is None:
         assert flex is not None
         return FlexProgram(flex, source, spec.sink_logits)
-    return TiledProgram(flex, chunked, source, spec.sink_logits)
+    return TiledProgram(flex, chunked, source, spec.sink_logits, schedule.kernel.keeps)
 
 
 def recipe(graph: Graph, kernel: str) -> Recipe:
@@ -143,8 +144,10 @@ class TiledProgram:
     differentiable_lse = True
     follows_lengths = False
 
-    def __init__(self, flex: FlexAttend | None, chunked: ChunkedAttend, source: str, sinks: bool) -> None:
-        self.flex, self.chunked, self.source, self.sinks = flex, chunked, source, sinks
+    def __init__(
+        self, flex: FlexAttend | None, chunked: ChunkedAttend, source: str, sinks: bool, keeps: bool = False
+    ) -> None:
+        self.flex, self.chunked, self.source, self.sinks, self.keeps = flex, chunked, source, sinks, keeps
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
@@ -161,7 +164,7 @@ class TiledProgram:
         names = tuple(n for n in learned(operands) if n in self.chunked.sizes.biases)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or names):
             own = (operands[n] for n in names)
-            out, lse = _Chunked.apply(self.chunked, operands, names, q, k, v, *own)  # type: ignore[no-untyped-call]
+            out, lse = _Chunked.apply(self, operands, names, q, k, v, *own)  # type: ignore[no-untyped-call]
             return out, lse
         if self.flex is None or return_lse or not q.numel():
             return self.chunked.forward(q, k, v, operands)
@@ -192,20 +195,22 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, chunked: ChunkedAttend, operands: Mapping[str, Any], names: tuple[str, ...], *given: Tensor
+        ctx: Any, program: TiledProgram, operands: Mapping[str, Any], names: tuple[str, ...], *given: Tensor
     ) -> Any:
         q, k, v, *own = given
-        out, lse = chunked.forward(q, k, v, operands)
-        ctx.chunked, ctx.names = chunked, names
+        keep: list[Tensor] | None = [] if program.keeps else None
+        out, lse = program.chunked.forward(q, k, v, operands, keep)
+        ctx.chunked, ctx.names = program.chunked, names
         ctx.operands = {name: x for name, x in operands.items() if name not in names}
-        ctx.save_for_backward(q, k, v, out, lse, *own)
+        ctx.save_for_backward(q, k, v, out, lse, *own, *(keep or ()))
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
         saved = ctx.saved_tensors
-        operands = {**ctx.operands, **dict(zip(ctx.names, saved[5:], strict=True))}
+        own, kept = saved[5 : 5 + len(ctx.names)], saved[5 + len(ctx.names) :]
+        operands = {**ctx.operands, **dict(zip(ctx.names, own, strict=True))}
         with torch.no_grad():
-            gradients = ctx.chunked.backward((grad, grad_lse), saved[:5], operands, ctx.names)
+            gradients = ctx.chunked.backward((grad, grad_lse), saved[:5], operands, ctx.names, kept)
         return None, None, None, *first_order(gradients)

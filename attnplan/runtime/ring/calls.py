@@ -90,9 +90,9 @@ def _checked(
     try:
         locals_, placements = _locals(plan, tensors)
         _check(plan, locals_, return_lse, operands)
-    except SpecError:
-        if isinstance(plan.engine, RealEngine) and isinstance(tensors[0], Tensor) and plan.engine.validate != "off":
-            plan.engine.agree(tensors[0], operands, gradients=False, wrong=True)  # so that the others need not wait
+    except SpecError as error:
+        if isinstance(plan.engine, RealEngine) and isinstance(tensors[0], Tensor):
+            plan.engine.refuse(tensors[0], operands, error)  # so that the others need not wait
         raise
     return locals_, placements
 

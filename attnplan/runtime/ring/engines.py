@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -13,8 +14,8 @@ from attnplan.ir import RowMap
 from attnplan.runtime.first_order import RING, first_order
 from attnplan.runtime.ring.exchanges import Routine, run
 from attnplan.runtime.ring.executor import Pair, Rank, Result
-from attnplan.runtime.ring.faults import Board, LostError, Report, error_of
-from attnplan.runtime.ring.handshake import VALIDATE, card, compare, shake_hands
+from attnplan.runtime.ring.faults import ANSWER, Board, LostError, Report, error_of, within
+from attnplan.runtime.ring.handshake import CALL, VALIDATE, Cards, card, compare, shake_hands
 from attnplan.runtime.ring.parts import Gradients
 from attnplan.runtime.ring.real import RealTransport
 from attnplan.runtime.ring.rows import Holding, assembly
@@ -144,8 +145,11 @@ class RealEngine:
         self.validate, self.timeout = "first", 300.0
         self.transport = RealTransport(group, device, self.timeout)
         self.board = Board(store, self.transport.rank, self.transport.ranks, name)
+        self.cards = Cards(store, self.transport.rank, self.transport.ranks, name)
         self.step = 0
+        self._card: list[int] = []
         self._agreed: list[int] | None = None
+        self._met = 0
         self._broken: RingError | None = None
 
     def configure(self, validate: str, timeout: float) -> None:
@@ -155,8 +159,7 @@ class RealEngine:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], keep: bool) -> Any:
         """Run this rank; see :meth:`Engine.forward`."""
-        self.step += 1
-        self.agree(q, operands, gradients=keep, wrong=False)
+        self.agree(q, operands, gradients=keep)
         result: Result = self._guarded(lambda: run(self.rank.forward(q, k, v, operands), self.transport), "forward")
         return result.out, result.lse, [result]
 
@@ -179,8 +182,8 @@ class RealEngine:
         """Return what this rank's backward needs; see :meth:`Engine.kept`."""
         return [_alone(q, out, lse)]
 
-    def agree(self, q: Tensor, operands: Mapping[str, Any], *, gradients: bool, wrong: bool) -> None:
-        """Shake hands, if this call asks for it.
+    def agree(self, q: Tensor, operands: Mapping[str, Any], *, gradients: bool) -> None:
+        """Count a call, and shake hands if this one asks for it.
 
         Raises
         ------
@@ -189,22 +192,73 @@ class RealEngine:
         """
         if self._broken is not None:
             raise self._again()
-        own = card(self.plan, self.step, q, operands, gradients=gradients, wrong=wrong)
-        lasting = [x for i, x in enumerate(own) if i != 2]
-        if self.validate == "first" and lasting == self._agreed and not wrong:
-            return
-        if self.validate == "off" and (self._agreed is not None or self.device.type != "cuda"):
-            return  # the first call on NCCL has to connect all ranks in any case
-        cards = self._guarded(
-            lambda: shake_hands(own, self.transport.group, self.device, self.timeout), "handshake", quiet=True
-        )
+        self.step += 1
+        own = self._card = card(self.plan, self.step, q, operands, gradients=gradients, wrong=False)
+        lasting = [x for i, x in enumerate(own) if i != CALL]
+        if self.validate == "first" and lasting != self._agreed:
+            came = self._guarded(lambda: self._met_by(own), "handshake", quiet=True)
+            self._compare([came.get(r, []) for r in range(self.transport.ranks)])
+        connects = self._agreed is None and self.device.type == "cuda"  # NCCL needs all ranks in its first call
+        if self.validate == "always" or connects:
+            self._compare(self._guarded(lambda: self._gathered(own), "handshake", quiet=True))
         self._agreed = lasting
+
+    def refuse(self, q: Tensor, operands: Mapping[str, Any], error: Exception) -> None:
+        """Tell the other ranks that this one's call is wrong, so that they need not wait for it."""
+        if self._broken is not None:
+            return
+        self.step += 1
+        self._broken = self._report(error)
+        own = card(self.plan, self.step, q, operands, gradients=False, wrong=True)
+        with suppress(LostError):  # what this rank has to say is the error, not who does not listen
+            if self.validate == "first":
+                within(ANSWER, lambda: self.cards.leave(own))
+            elif self.validate == "always":
+                self._gathered(own)
+
+    def _gathered(self, own: Sequence[int]) -> list[list[int]]:
+        return shake_hands(own, self.transport.group, self.device, self.timeout)
+
+    def _met_by(self, own: Sequence[int]) -> dict[int, list[int]]:
+        """Return the cards of all ranks from the store.
+
+        If most did not come, this rank's call changed alone: they go by what was agreed before.
+        """
+        self._met = self.step
+        came = self.cards.meet(own, self.timeout)
+        absent = [r for r in range(self.transport.ranks) if r not in came]
+        if absent and (self._agreed is None or 2 * len(absent) <= self.transport.ranks):
+            what = f"rank {', '.join(map(str, absent))} did not come to compare within {self.timeout:g} s"
+            raise LostError(absent[0], -1, "handshake", TimeoutError(what))
+        if absent:
+            assert self._agreed is not None
+            before = [*self._agreed[:CALL], self.step, *self._agreed[CALL:]]
+            came |= dict.fromkeys(absent, before)
+        return came
+
+    def _compare(self, cards: Sequence[Sequence[int]], end: str = "nothing was sent") -> None:
         try:
-            compare(self.transport.rank, cards, self.step)
+            compare(self.transport.rank, cards, self.step, end)
         except RingError as error:
             self._broken = error
-            if not wrong:  # the rank that is wrong says so itself, in detail
-                raise
+            raise
+
+    def _compare_late(self, lost: LostError) -> None:
+        """Raise if a message did not come because another rank's call changed, and this one's did not."""
+        if self.validate != "first" or self._met == self.step:
+            return
+        came = {rank: one for rank, one in self.cards.at(self.step).items() if not one[0]}  # a wrong one left a report
+        try:
+            cards = [came.get(r, self._card) for r in range(self.transport.ranks)]
+            self._compare(cards, "this rank waited for its message in vain")
+        except RingError as error:
+            raise error from lost.error
+
+    def _report(self, error: Exception) -> RingError:
+        """Tell the other ranks of an error of this one; return what later calls say."""
+        what = f"{type(error).__name__}: {error}"[:400]
+        self.board.post(Report(self.transport.rank, self.step, -1, "raised", -1, what))
+        return RingError(f"rank {self.transport.rank} raised {what}")
 
     def _guarded(self, action: Callable[[], T], doing: str, *, quiet: bool = False) -> T:
         """Run one half of a call; whatever fails becomes a report, and names the rank that failed first."""
@@ -213,6 +267,7 @@ class RealEngine:
         try:
             return action()
         except LostError as lost:
+            self._compare_late(lost)
             what = f"{lost.doing}: {lost.error}" if not quiet else str(lost.error)
             own = Report(self.transport.rank, self.step, lost.hop, "lost", lost.peer, what[:400])
             self.board.post(own)
@@ -220,9 +275,7 @@ class RealEngine:
             self._broken = error_of(own, reports, self.transport.ranks, doing)
             raise self._broken from lost.error
         except Exception as error:
-            what = f"{type(error).__name__}: {error}"[:400]
-            self.board.post(Report(self.transport.rank, self.step, -1, "raised", -1, what))
-            self._broken = RingError(f"rank {self.transport.rank} raised {what}")
+            self._broken = self._report(error)
             raise
 
     def _again(self) -> RingError:

@@ -19,7 +19,7 @@ from attnplan.errors import RingError
 
 GRACE = 3.5
 """Seconds for which a rank that failed waits for the reports of the others."""
-_ANSWER = 1.0
+ANSWER = 1.0
 """Seconds in which a store answers that is there."""
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class Board:
 
     def post(self, report: Report) -> None:
         """Leave a report; a store that does not answer is left alone."""
-        _within(_ANSWER, lambda: self._store.set(self._key(report.rank), report.to_text()))
+        within(ANSWER, lambda: self._store.set(self._key(report.rank), report.to_text()))
 
     def read(self, ranks: Iterable[int]) -> dict[int, Report]:
         """Return the reports of some ranks that are there by now."""
@@ -69,7 +69,7 @@ class Board:
                 if self._store.check([self._key(rank)]):
                     found[rank] = Report(**json.loads(self._store.get(self._key(rank))))
 
-        _within(_ANSWER, look)
+        within(ANSWER, look)
         return dict(found)
 
     def collect(self, own: Report, grace: float = GRACE) -> dict[int, Report]:
@@ -89,7 +89,7 @@ class Board:
         return f"attnplan/ring/{self._name}/{rank}"
 
 
-def _within(seconds: float, action: Callable[[], object]) -> None:
+def within(seconds: float, action: Callable[[], object]) -> None:
     """Run an action on a store for some seconds at most: the process that serves it may be gone."""
 
     def quietly() -> None:

@@ -1,4 +1,4 @@
-"""The dry run: how a spec is spread over a mesh, planned for any number of ranks without a process on any of them."""
+"""What a spec would cost over a mesh that need not be here: any number of ranks, without a process on any of them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from attnplan.cost import Device, resolve
 from attnplan.cost.calibration import parameters_for
 from attnplan.cost.comm import links
 from attnplan.explain import title
+from attnplan.explain_tables import hop_table, moved, ring_candidates
 from attnplan.ir import Graph
 from attnplan.ring.choose import RingCandidate, candidate_facts, choose
 from attnplan.ring.mesh import Mesh
 from attnplan.ring.price import Kernel, hop_facts
 from attnplan.ring.program import ITEM_BYTES
 from attnplan.spec import AttentionSpec
-from attnplan.units import format_bytes, format_count, format_factor, format_seconds
-
-SHOWN_HOPS = 12
-"""Most hops in the table."""
+from attnplan.units import format_bytes, format_count, format_seconds
 
 
 def kernels(spec: AttentionSpec, device: Device) -> tuple[Kernel, ...]:
@@ -33,16 +31,16 @@ def kernels(spec: AttentionSpec, device: Device) -> tuple[Kernel, ...]:
 
 
 class _Refuses:
-    """Whether a schedule refuses a graph of a rank."""
+    """Why a schedule refuses a graph of a rank; nothing if it does not."""
 
     def __init__(self, backend: Backend, schedule: Schedule, spec: AttentionSpec, device: Device) -> None:
         self.backend, self.schedule, self.spec, self.device = backend, schedule, spec, device
 
-    def __call__(self, graph: Graph) -> bool:
-        return bool(self.backend.refuse(graph, self.spec, self.schedule, self.device))
+    def __call__(self, graph: Graph) -> tuple[str, ...]:
+        return self.backend.refuse(graph, self.spec, self.schedule, self.device)
 
 
-def dry_run(
+def facts(
     spec: AttentionSpec, mesh: object, device: object = "auto", layout: str = "auto", transport: str = "auto"
 ) -> dict[str, Any]:
     """Return how a spec would be spread over a mesh, as plain data.
@@ -72,7 +70,7 @@ def dry_run(
     --------
     >>> from attnplan.patterns import window
     >>> spec = AttentionSpec(seq_len=65536, heads=8, head_dim=128, pattern=window(256, 0))
-    >>> found = dry_run(spec, 16, "h200")
+    >>> found = facts(spec, 16, "h200")
     >>> found["choice"]["name"], found["choice"]["received_bytes"], len(found["hops"])
     ('contiguous > halo', 1048576, 2)
     """
@@ -126,7 +124,7 @@ def _rank_facts(candidate: RingCandidate, i: int) -> dict[str, Any]:
 
 
 def render(found: dict[str, Any]) -> str:
-    """Return the facts of :func:`dry_run` as a page of text."""
+    """Return the facts of :func:`facts` as a page of text."""
     return "\n".join(_lines(found)) + "\n"
 
 
@@ -145,51 +143,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
         f"{format_bytes(choice['peak_bytes'])} a rank, beside {format_bytes(choice['inputs_and_output_bytes'])} of "
         "inputs and output"
     )
-    backward = choice["received_bytes_backward"]
-    yield (
-        f"moves      {format_bytes(choice['received_bytes'])} to the rank that receives most"
-        + (f", {format_bytes(backward)} backward" if backward is not None else "")
-        + f"; {100 * choice['hidden']:.0f} % of the time behind compute"
-    )
+    yield from moved(choice)
     yield f"does       {format_count(choice['flops'])}FLOP on the busiest rank; imbalance {choice['imbalance']:.2f}"
-    if choice["sends_more"]:
-        yield f"sends more than is needed: {choice['sends_more']}"
-    yield from _hop_table(found["hops"])
-    yield from _others(found["others"], choice["seconds"])
-
-
-def _hop_table(hops: list[dict[str, Any]]) -> Iterator[str]:
-    yield ""
-    heads = f"{'hop':>5} {'peers':>6} {'rows asked':>12} {'rows sent':>12} {'bytes':>10} {'arrive':>10} {'hidden':>7}"
-    yield f"  {heads} {'compute':>10} {'copies':>7}  kernel"
-    kept = hops if len(hops) <= SHOWN_HOPS else [*hops[: SHOWN_HOPS - 4], *hops[-4:]]
-    for i, hop in enumerate(kept):
-        if i and hop["hop"] != kept[i - 1]["hop"] + 1 and len(hops) > SHOWN_HOPS:
-            yield f"  ... and {len(hops) - SHOWN_HOPS} more hops; --json lists all"
-        yield (
-            f"  {hop['hop']:>5} {hop['peers']:>6} {hop['asked']:>12,} {hop['received']:>12,} "
-            f"{format_bytes(hop['bytes']):>10} {format_seconds(hop['comm']):>10} {_percent(hop['hidden']):>7} "
-            f"{format_seconds(hop['compute']):>10} {_percent(hop['around'] / hop['compute']):>7}  {hop['kernel']}"
-        )
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.0f} %"
-
-
-def _others(others: list[dict[str, Any]], best: float) -> Iterator[str]:
-    if not others:
-        return
-    width = max(len(o["name"]) for o in others)
-    yield ""
-    for i, other in enumerate(others):
-        label = "others     " if i == 0 else "           "
-        if other["refused"]:
-            yield f"{label}{other['name']:<{width}}  refused   {other['refused']}"
-            continue
-        factor = format_factor(other["seconds"] / best)
-        about = "about " if other["estimated"] else ""
-        yield (
-            f"{label}{other['name']:<{width}}  {about}{format_seconds(other['seconds']):<9} {factor:<8} "
-            f"receives {format_bytes(other['received_bytes'])}, imbalance {other['imbalance']:.2f}"
-        )
+    yield from hop_table(found["hops"])
+    yield from ring_candidates(found["others"], choice["seconds"])

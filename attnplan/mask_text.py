@@ -19,7 +19,7 @@ _NEAR, _FAR = 256, 8
 """For each step, pairs near the diagonal, and pairs in each tile."""
 
 
-def mask_rows(spec: AttentionSpec, tiles: int = TILES) -> list[str]:
+def mask_lines(spec: AttentionSpec, tiles: int = TILES) -> list[str]:
     """Return the mask of all heads and branches as ``tiles`` rows of characters, darker where more pairs meet.
 
     Every tile is sampled at fixed pseudo-random pairs. Where none of these meets, pairs are asked that sparse patterns
@@ -28,7 +28,7 @@ def mask_rows(spec: AttentionSpec, tiles: int = TILES) -> list[str]:
 
     Examples
     --------
-    >>> for row in mask_rows(AttentionSpec(seq_len=1024, heads=1, head_dim=8, causal=True), tiles=4):
+    >>> for row in mask_lines(AttentionSpec(seq_len=1024, heads=1, head_dim=8, causal=True), tiles=4):
     ...     print(row)
     ▒
     █▒
