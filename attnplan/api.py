@@ -19,14 +19,13 @@ from attnplan.errors import SpecError
 from attnplan.packages import installed
 from attnplan.patterns import Mixture, Pattern
 from attnplan.plan import Plan
-from attnplan.plan_ring import RingPlan
 from attnplan.search import Found, search
-from attnplan.search_ring import place_of, search_ring, sizes_of
 from attnplan.spec import OPERANDS, AttentionSpec
 from attnplan.units import parse_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 _KEPT_PLANS = 256
 _REMEMBERING = tuple(f"attnplan.{layer}." for layer in ("patterns", "ir", "passes", "cost", "ring"))
@@ -194,6 +193,9 @@ def _compile_ring(
     spec: AttentionSpec, device: object, mesh: Any, pins: Mapping[str, Any], *, tune: bool, deterministic: bool
 ) -> Plan:
     """Return the plan over several ranks, on a mesh or on one device."""
+    from attnplan.plan_ring import RingPlan  # most processes have one rank, and start faster without
+    from attnplan.search_ring import place_of, search_ring, sizes_of
+
     if tune:
         raise SpecError("tune=True measures plans on one device; a ring is measured by python -m bench.ring")
     sizes = (spec.ring_size,) if mesh is None else sizes_of(mesh, spec.ring_size)

@@ -95,22 +95,27 @@ def _sizes(limits: Limits, spec: AttentionSpec) -> Iterator[str]:
 
 def conditions(title: str, native: frozenset[str], graph: Graph) -> Iterator[str]:
     """Yield why a kernel cannot express the first attend that it cannot."""
+    why = _condition_reason(native, graph)
+    if why:
+        yield f"{title} {why}"
+
+
+@lru_cache(maxsize=256)
+def _condition_reason(native: frozenset[str], graph: Graph) -> str:
     for node, op in graph.of(Attend):
         if op.tile is not None and "blocks" in native:
             why = _blocks_reason(graph, node, native)
+            if why:
+                return why
         elif op.tile is None and "mask" not in native and lowered(graph, node, native) is None:
-            why = "takes no mask"
-        else:
-            continue
-        if why:
-            yield (
-                f"{title} {why}, %{node.id} needs one for {op.where!r}" if why == "takes no mask" else f"{title} {why}"
-            )
-            return
+            return f"takes no mask, %{node.id} needs one for {op.where!r}"
+    return ""
 
 
 def found_documents(graph: Graph, native: frozenset[str]) -> list[Lowered]:
     """Return the attends over documents that a kernel runs by itself."""
+    if "documents" not in native:
+        return []
     found = [lowered(graph, node, native) for node, op in graph.of(Attend) if op.tile is None]
     return [x for x in found if x is not None and x.documents]
 

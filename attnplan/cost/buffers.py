@@ -6,8 +6,9 @@ import os
 from functools import lru_cache
 from math import prod
 
+from attnplan.cost.along import mask_axes
 from attnplan.ir import Attend, RowMap
-from attnplan.patterns import Pattern, Shape
+from attnplan.patterns import Pattern
 from attnplan.patterns.blocks import Blocks, RandomBlocks
 from attnplan.patterns.custom import Mask
 from attnplan.spec import AttentionSpec
@@ -16,27 +17,11 @@ from attnplan.spec import AttentionSpec
 @lru_cache(maxsize=256)
 def mask_elements(op: Attend, q: RowMap, k: RowMap, batch: int, spec: AttentionSpec) -> int:
     """Return the elements of a mask over some rows: only axes along which the condition changes have more than one."""
-    heads, along = _mask_axes(op.where, spec.shape)
+    heads, queries, keys = mask_axes(op.where, spec.shape)
     per_row = any(a.row for a in q.batch)
     batch = batch if op.where.operands & {"documents", "key_padding"} or op.shift is None else 1
     repeats = prod(a.size for a in q.batch if (per_row and a.row) or (heads and a.head))
-    return batch * repeats * (q.length if along[0] else 1) * (k.length if along[1] else 1)
-
-
-@lru_cache(maxsize=256)
-def _mask_axes(where: Pattern, shape: Shape) -> tuple[bool, tuple[bool, bool]]:
-    """Return whether the mask of a condition has an axis of heads, of queries and of keys: it is asked for a few."""
-    import numpy as np
-
-    from attnplan.patterns.counts import Table
-
-    zero = np.zeros((1, shape.kv_len), dtype=np.int64)
-    tables = {name: Table(t) for name, t in where.tables(shape).items()}
-    tables |= {name: Table(zero) for name in where.operands}
-    heads, two = np.arange(min(2, shape.heads)).reshape(-1, 1, 1), np.zeros(2, dtype=np.int64)  # a row there always is
-    found = np.shape(where.pairs(tables, heads, two.reshape(1, 2, 1), two.reshape(1, 1, 2)))
-    sizes = (1,) * (3 - len(found)) + found
-    return sizes[-3] > 1, (sizes[-2] > 1, sizes[-1] > 1)
+    return batch * repeats * (q.length if queries else 1) * (k.length if keys else 1)
 
 
 def looked_up(where: Pattern) -> bool:

@@ -24,9 +24,9 @@ def rows_there(graph: Graph, join: Node, operand: int, *, writes_into: bool) -> 
         return 0
     able = [i for i, p in enumerate(parts) if isinstance(p.op, Attend) and p.op.launch is None]
     if writes_into:
-        there = {able[i] for i in apart([maps[j] for j in able])}
+        there = {able[i] for i in apart(tuple(maps[j] for j in able))}
     else:
         there = set([i for i in able if maps[i].elements_count == whole.elements_count][:1])
-    others = [m for i, m in enumerate(maps) if i not in there]
+    others = tuple(m for i, m in enumerate(maps) if i not in there)
     changed = sum(others[i].elements_count for i in apart(others))  # branches of larger rates mostly share these rows
     return max(0, sum(maps[i].elements_count for i in there) - changed)

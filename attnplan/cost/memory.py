@@ -278,14 +278,16 @@ class _Model:
         kept, made = self._condition(node)
         op, (q, k) = node.op, (self.graph[a].type.rows for a in node.args[:2])
         assert isinstance(op, Attend)
+        if not op.biases:
+            return kept, made
         own = bias_bytes(op, q, k, self.setting.spec, whole=self._is_whole(node), plain=self.plain)
         total = 0 if self.plain else self._bias_total(node, op)
         made += self._round(max(total + own, 2 * total))
         return kept, made
 
     def _bias_total(self, node: Node, op: Attend) -> int:
-        inputs = self.graph.inputs["q"].type.rows.elements_count, self.graph.inputs["k"].type.rows.length
-        attends = len(self.graph.of(Attend))
+        q, k = (self.graph.inputs[name].type.rows for name in "qk")
+        inputs, attends = (q.elements_count, k.length), len(self.graph.of(Attend))
         return bias_total(op, self.setting.spec, inputs, attends, whole=self._is_whole(node))
 
     def _condition(self, node: Node) -> tuple[int, int]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 
 from attnplan.ir.rows import RowMap
 
 
-def apart(maps: Sequence[RowMap]) -> tuple[int, ...]:
+@lru_cache(maxsize=256)
+def apart(maps: tuple[RowMap, ...]) -> tuple[int, ...]:
     """Return the indices of maps of which no two share a (head, row): the largest, and then each that may join.
 
     Maps whose row ranges interleave count as sharing rows.
@@ -17,7 +18,7 @@ def apart(maps: Sequence[RowMap]) -> tuple[int, ...]:
     Heads 0 and 1, all heads, and head 2:
 
     >>> whole, pair, one = RowMap.whole(3, 8), RowMap.whole(2, 8), RowMap(2, 0, RowMap.whole(1, 8).axes)
-    >>> apart([pair, whole, one]), apart([one, pair])
+    >>> apart((pair, whole, one)), apart((one, pair))
     ((1,), (1, 0))
     """
     taken: dict[int, list[tuple[int, int]]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 import attrs
@@ -13,6 +14,7 @@ from attnplan.patterns.sums import Conjunction
 Condition = Literal["full", "causal", "mask"]
 
 
+@lru_cache(maxsize=4096)
 def slot_condition(op: Attend, q: RowMap, k: RowMap) -> Condition:
     """Return whether every slot sees every slot, slot i sees j <= i of as many keys, or a mask is needed.
 

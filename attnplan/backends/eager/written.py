@@ -77,7 +77,7 @@ def destinations(graph: Graph, parts: Sequence[Node], launches: Mapping[int, Lau
     """
     rows = {n.id: graph[n.args[operand]].type.rows for n in parts}
     able = [i for i, r in rows.items() if i in launches and launches[i].views and r.shows_rows_once]
-    return tuple(able[i] for i in apart([rows[j] for j in able]))
+    return tuple(able[i] for i in apart(tuple(rows[j] for j in able)))
 
 
 def forward_of(emitter: Emitter, code: fx.Graph, kernel: str, inputs: Sequence[fx.Node]) -> Written:
