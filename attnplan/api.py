@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 _KEPT_PLANS = 256
-_REMEMBERING = tuple(f"attnplan.{layer}." for layer in ("patterns", "ir", "passes", "cost", "ring"))
+_REMEMBERING = tuple(f"attnplan.{layer}." for layer in ("patterns", "ir", "passes", "cost", "ring", "backends"))
 """Modules whose functions remember what planning found."""
 
 

@@ -95,21 +95,23 @@ def _sizes(limits: Limits, spec: AttentionSpec) -> Iterator[str]:
 
 def conditions(title: str, native: frozenset[str], graph: Graph) -> Iterator[str]:
     """Yield why a kernel cannot express the first attend that it cannot."""
-    why = _condition_reason(native, graph)
-    if why:
-        yield f"{title} {why}"
+    masked = _first_masked(graph, native)
+    for node, op in graph.of(Attend) if "blocks" in native else ():
+        why = _blocks_reason(graph, node, native) if op.tile is not None else ""
+        if why and (masked is None or node.id < masked.id):
+            yield f"{title} {why}"
+            return
+    if masked is not None and isinstance(masked.op, Attend):
+        yield f"{title} takes no mask, %{masked.id} needs one for {masked.op.where!r}"
 
 
 @lru_cache(maxsize=256)
-def _condition_reason(native: frozenset[str], graph: Graph) -> str:
-    for node, op in graph.of(Attend):
-        if op.tile is not None and "blocks" in native:
-            why = _blocks_reason(graph, node, native)
-            if why:
-                return why
-        elif op.tile is None and "mask" not in native and lowered(graph, node, native) is None:
-            return f"takes no mask, %{node.id} needs one for {op.where!r}"
-    return ""
+def _first_masked(graph: Graph, native: frozenset[str]) -> Node | None:
+    """Return the first attend without tiles whose condition is none that a kernel knows."""
+    if "mask" in native:
+        return None
+    found = (node for node, op in graph.of(Attend) if op.tile is None and lowered(graph, node, native) is None)
+    return next(found, None)
 
 
 def found_documents(graph: Graph, native: frozenset[str]) -> list[Lowered]:

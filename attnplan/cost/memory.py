@@ -306,9 +306,7 @@ class _Model:
             return 0, 0
         pairs = self._round(mask_elements(op, *mask_rows(op, q, k), self.setting.batch, self.setting.spec))
         made = pairs if self.plain else pairs * (1 + self.item)  # its complement, and what is added to scores
-        if op.biases:  # what is added is the bias, which is counted as such
-            made = pairs
-        if op.loop is not None:
+        if op.biases or op.loop is not None:  # what is added is the bias, which is counted as such
             made = pairs
         each = 34 if self.kind == "cpu" and looked_up(op.where) else 2  # two conditions before they are joined
         return pairs, max(made, each * pairs - self._workspace(node))
