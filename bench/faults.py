@@ -1,6 +1,6 @@
 """Breaks rings over gloo, each fault many times, and counts how often every survivor names the culprit in time.
 
-    python -m bench.faults                                  every fault 20 times: some 20 minutes
+    python -m bench.faults                                  every fault 20 times, as far as --budget goes
     python -m bench.faults --times 2 --only hang --json OUT.json --budget 300
 
 Four processes run a plan; rank 2 misbehaves at its second step. A run counts if every other rank raises a RingError

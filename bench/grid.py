@@ -6,7 +6,7 @@ whose FlexAttention is measured: each costs a compilation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import attrs
@@ -143,8 +143,16 @@ def _blocks(grid: Builder) -> None:
     grid.add("blocks", "keep 0.2", 1, 8, 8192, 64, pattern=P.random_blocks(0.2, 128, 0), causal=True, rank=2)
 
 
+def _ladders(grid: Builder, name: str, pattern: Callable[..., Any], cases: Iterable[tuple[Any, ...]]) -> None:
+    """Add mixtures of branches, each twice as long and as sparse as the one before."""
+    for rows, heads, dim, batch, first, branches, causal, modes, rank in cases:
+        lengths, rates = [first << i for i in range(branches)], [1 << i for i in range(branches)]
+        grid.add(name, f"{branches} of {_size(first)}..{_size(lengths[-1])}", batch, heads, rows, dim,
+                 modes=modes, rank=rank, pattern=pattern(lengths, rates), causal=causal)  # fmt: skip
+
+
 def _longnet(grid: Builder) -> None:
-    for rows, heads, dim, batch, first, branches, causal, modes, rank in (
+    _ladders(grid, "longnet", P.longnet, (
         (65_536, 12, 64, 1, 2048, 5, False, "ft", 0), (131_072, 16, 128, 1, 4096, 4, False, "f", 0),
         (8192, 8, 64, 1, 512, 4, True, "ft", 0), (4096, 8, 64, 4, 512, 3, True, "ft", 1),
         (16_384, 12, 64, 1, 1024, 5, True, "ft", 1), (32_768, 16, 128, 1, 2048, 4, True, "ft", 1),
@@ -152,22 +160,16 @@ def _longnet(grid: Builder) -> None:
         (16_384, 16, 128, 2, 2048, 3, False, "ft", 2), (1024, 16, 64, 2, 128, 3, True, "f", 2),
         (65_536, 8, 128, 1, 4096, 4, True, "f", 2), (24_576, 12, 64, 1, 2048, 3, True, "f", 2),
         (10_000, 12, 64, 1, 1024, 4, True, "f", 2),
-    ):  # fmt: skip
-        lengths, rates = [first << i for i in range(branches)], [1 << i for i in range(branches)]
-        grid.add("longnet", f"{branches} of {_size(first)}..{_size(lengths[-1])}", batch, heads, rows, dim,
-                 modes=modes, rank=rank, pattern=P.longnet(lengths, rates), causal=causal)  # fmt: skip
+    ))  # fmt: skip
 
 
 def _grouped(grid: Builder) -> None:
-    for rows, heads, dim, batch, first, branches, causal, modes, rank in (
+    _ladders(grid, "grouped", P.grouped, (
         (65_536, 12, 64, 1, 2048, 5, False, "ft", 0), (131_072, 16, 128, 1, 4096, 4, False, "f", 1),
         (8192, 8, 64, 1, 2048, 2, False, "ft", 0), (16_384, 12, 64, 1, 1024, 4, True, "ft", 1),
         (4096, 8, 64, 4, 512, 4, True, "ft", 1), (32_768, 16, 128, 1, 2048, 4, True, "ft", 2),
         (2048, 16, 128, 4, 256, 4, False, "f", 2),
-    ):  # fmt: skip
-        lengths, rates = [first << i for i in range(branches)], [1 << i for i in range(branches)]
-        grid.add("grouped", f"{branches} of {_size(first)}..{_size(lengths[-1])}", batch, heads, rows, dim,
-                 modes=modes, rank=rank, pattern=P.grouped(lengths, rates), causal=causal)  # fmt: skip
+    ))  # fmt: skip
 
 
 def _unions(grid: Builder) -> None:

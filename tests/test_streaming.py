@@ -33,6 +33,14 @@ def tensors(spec: AttentionSpec, batch: int = 1, seed: int = 0) -> list[torch.Te
     return [torch.randn(batch, *o, spec.head_dim, dtype=getattr(torch, spec.dtype)) for o in order]
 
 
+def goes_on(plan, paths, out, given, done):
+    """Assert that a stream which ended early starts after the pieces that are done, and ends with what a call gives."""
+    seen: list[int] = []
+    plan.stream(*paths, out=str(out), max_memory="256 KiB", resume=True, progress=lambda n, _: seen.append(n))
+    assert seen[0] == done
+    torch.testing.assert_close(from_disk(out, plan(*given)), plan(*given))
+
+
 def on_disk(folder: Path, given: list[torch.Tensor]) -> list[str]:
     paths = [str(folder / name) for name in "qkv"]
     for path, x in zip(paths, given, strict=True):
@@ -200,10 +208,7 @@ def test_a_disk_that_fails_is_reported_and_nothing_leaks(what, tmp_path, monkeyp
     assert not [b for b in buffers if b() is not None]
     done = json.loads((tmp_path / "out.journal").read_text())["done"]
     monkeypatch.undo()
-    seen: list[int] = []
-    plan.stream(*paths, out=str(out), max_memory="256 KiB", resume=True, progress=lambda n, _: seen.append(n))
-    assert seen[0] == done
-    torch.testing.assert_close(from_disk(out, plan(*given)), plan(*given))
+    goes_on(plan, paths, out, given, done)
 
 
 @pytest.mark.parametrize("what", ["fsync", "journal"])
@@ -233,10 +238,7 @@ def test_a_disk_that_is_full_when_a_piece_is_kept_is_reported(what, tmp_path, mo
     assert sorted(p.name for p in tmp_path.iterdir()) == ["k", "out", "out.journal", "q", "v"]
     done = json.loads((tmp_path / "out.journal").read_text())["done"]
     assert done == (3 if what == "fsync" else 2)
-    seen: list[int] = []
-    plan.stream(*paths, out=str(out), max_memory="256 KiB", resume=True, progress=lambda n, _: seen.append(n))
-    assert seen[0] == done
-    torch.testing.assert_close(from_disk(out, plan(*given)), plan(*given))
+    goes_on(plan, paths, out, given, done)
 
 
 @pytest.mark.parametrize("what", ["interrupt", "kernel"])

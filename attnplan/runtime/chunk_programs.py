@@ -135,8 +135,8 @@ def forward_kept(
     some_v = v[owner, columns].flatten(1, 2).to(scores.dtype)
     out = (weights @ some_v) / torch.where(total == 0, 1.0, total)
     found = out, (top + torch.log(total)).squeeze(-1), weights, highest
-    softcap = like.sizes.softcap
-    return found if softcap is None else (*found, torch.where(mask, 1 - (capped / softcap) ** 2, 0.0))
+    bend = _bend(capped, mask, like.sizes)
+    return found if bend is None else (*found, bend)
 
 
 def backward(
@@ -162,11 +162,8 @@ def backward(
     """
     part = (head, row, columns, kept, own)
     some_q, some_k, owner, capped, scores, mask = _scores(q, k, part, captures, biases, like)
-    own_lse = lse[head, row].unsqueeze(-1)
-    finite = torch.where(own_lse == -torch.inf, 0.0, own_lse)
-    weights = torch.where(mask, torch.exp(scores - finite), 0.0)
-    softcap = like.sizes.softcap
-    bend = None if softcap is None else torch.where(mask, 1 - (capped / softcap) ** 2, 0.0)
+    weights = torch.where(mask, torch.exp(scores - _finite(lse[head, row])), 0.0)
+    bend = _bend(capped, mask, like.sizes)
     some_v = v[owner, columns].flatten(1, 2).to(scores.dtype)
     rows = (grad[head, row], out[head, row], grad_lse[head, row])
     return _gradients(weights, bend, rows, some_q, some_k, some_v, like.sizes)
@@ -191,12 +188,20 @@ def backward_kept(
 ) -> tuple[Tensor, ...]:
     """Return what :func:`backward` does, of items whose weights were kept: no scores, mask or exponential again."""
     wider, owner = weights.dtype, own.unsqueeze(1)
-    own_lse = lse[head, row].unsqueeze(-1)
-    finite = torch.where(own_lse == -torch.inf, 0.0, own_lse)
-    weights = weights * torch.exp(highest - finite)  # -inf in rows without a key here: a factor of 0
+    weights = weights * torch.exp(highest - _finite(lse[head, row]))  # -inf in rows without a key here: a factor of 0
     some_k, some_v = (x[owner, columns].flatten(1, 2).to(wider) for x in (k, v))
     rows = (grad[head, row], out[head, row], grad_lse[head, row])
     return _gradients(weights, bend[0] if bend else None, rows, q[head, row].to(wider), some_k, some_v, like.sizes)
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """Return the LSE of rows ``[n, R, 1]``, 0 for rows without a key: -inf minus -inf would be NaN."""
+    return torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1)
+
+
+def _bend(capped: Tensor, mask: Tensor, sizes: Sizes) -> Tensor | None:
+    """Return the slope of a softcap at what it gave, None without one."""
+    return None if sizes.softcap is None else torch.where(mask, 1 - (capped / sizes.softcap) ** 2, 0.0)
 
 
 def _gradients(
