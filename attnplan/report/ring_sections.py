@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnplan.pictures import ring_figure
 from attnplan.report.html import Html, join, table, tag
-from attnplan.report.sections import picture
+from attnplan.report.sections import opening, picture
 from attnplan.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -30,13 +30,7 @@ def summary(plan: RingPlan, facts: Facts) -> Html:
         ),
         (f"{choice['imbalance']:.2f} x the mean", f"{pairs}what the busiest rank computes"),
     ]
-    return join([
-        tag("h1", spec["title"]),
-        tag("p", tag("code", spec["shape"])),
-        tag("p", f"{choice['ranks']} x {device['title']}{here}, {choice['where']}", class_="muted"),
-        tag("div", *(tag("div", tag("b", head), tag("span", below), class_="card") for head, below in cards),
-            class_="cards"),
-    ])  # fmt: skip
+    return opening(spec, f"{choice['ranks']} x {device['title']}{here}, {choice['where']}", cards)
 
 
 def transfers(plan: RingPlan, facts: Facts) -> Html:

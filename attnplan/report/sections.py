@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +38,15 @@ def summary(plan: Plan, facts: Facts) -> Html:
         _share(facts["does"]),
     ]
     note = f" ({device['note']})" if device["note"] else ""
+    return opening(spec, f"{device['title']}{note}. Figures: {device['source']}", cards)
+
+
+def opening(spec: Facts, where: str, cards: Sequence[tuple[str, str]]) -> Html:
+    """Return the title, the place where it runs, and cards of a figure and what it is."""
     return join([
         tag("h1", spec["title"]),
         tag("p", tag("code", spec["shape"])),
-        tag("p", f"{device['title']}{note}. Figures: {device['source']}", class_="muted"),
+        tag("p", where, class_="muted"),
         tag("div", *(tag("div", tag("b", head), tag("span", below), class_="card") for head, below in cards),
             class_="cards"),
     ])  # fmt: skip
