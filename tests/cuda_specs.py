@@ -47,4 +47,5 @@ def assert_near(got, want, anchor, dtype, ratio, what):
     for gradient in ("dq", "dk", "dv"):
         ours, dense, exact = (getattr(n, gradient) for n in (got, anchor, want))
         limit = FLOAT32_GRADIENT if dtype == "float32" else ratio * max(error(dense, exact, floor), 1e-6)
-        assert error(ours, exact, floor) <= limit, f"{what}: {gradient}"
+        found = error(ours, exact, floor)
+        assert found <= limit, f"{what}: {gradient} errs by {found:.2e}, {found / limit:.2f} x the limit"

@@ -175,6 +175,8 @@ def _row_weights(call: Call, masks: list[Tensor]) -> list[Tensor]:
 def _sdpa(call: Call, mask: Tensor, weight: Tensor) -> Numbers:
     spec, (q, k, v) = call.spec, call.inputs
     copies = mask.shape[-1] // k.shape[2]
+    found = mask.any(-1, keepdim=True)
+    mask, weight = mask | ~found, weight * found  # some of SDPA's kernels give NaN for a row without a key
     leaves = [x.detach().requires_grad_() for x in (q, *(torch.cat([x] * copies, dim=2) for x in (k, v)))]
     out = F.scaled_dot_product_attention(
         *leaves, attn_mask=mask, scale=spec.softmax_scale, enable_gqa=spec.heads != spec.kv_heads

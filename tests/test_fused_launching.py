@@ -55,6 +55,7 @@ class Interface:
 
         def forward(q, k, v, *, softmax_scale, causal, out, lse, return_lse):
             self.entered += 1
+            assert 0 not in out.stride(), "out must not have broadcast dimensions"
             for _ in range(self.kernels):
                 forward.compile_cache[causal](q.detach(), k, v, out, lse, softmax_scale, None, (None, None), causal)
 
@@ -85,6 +86,10 @@ def test_flash_attention_4_is_started_again_without_its_host_code(kernels):
         out, _ = replay(wide * turn, wide, wide, 0.3, True, whole[:, turn::2])
         assert torch.equal(whole[:, turn::2], out), "it is written where it is told"
     assert interface.entered == (4 if kernels == 1 else 9), "the strides of the output count, its place does not"
+    one = torch.full((4, 5, 8), torch.nan).as_strided((1, 5, 1, 8), (0, 8, 0, 1), 40)
+    out, _ = replay(*[wide[:1, :, :1]] * 3, 0.3, True, one)
+    assert torch.equal(one, out), "a dimension of size 1 is no broadcast"
+    assert out.data_ptr() == one.data_ptr()
 
 
 def interface_of_backward(*, copies=False, extra=False):
@@ -114,6 +119,7 @@ def interface_of_backward(*, copies=False, extra=False):
 
     def backward(q, k, v, out, dout, lse, softmax_scale, causal, softcap=0.0, *, dq, dk, dv):
         entered.append(causal)
+        assert all(0 not in x.stride() for x in (dq, dk, dv)), "outputs must not have broadcast dimensions"
         batch, length, heads, features = q.shape
         total = q.new_full((batch, heads, length * features), torch.nan)
         delta, lse_base_2 = (q.new_full((batch, heads, length), torch.nan) for _ in range(2))
@@ -165,6 +171,10 @@ def test_the_backward_of_flash_attention_4_is_started_again_without_its_host_cod
     assert torch.equal(whole[:, 1::2], made[1])
     assert told[1].data_ptr() == whole[:, 1::2].data_ptr()
     assert torch.equal(told[0], made[0])
+    one = torch.full((4, 5, 8), torch.nan).as_strided((1, 5, 1, 8), (0, 8, 0, 1), 40)
+    told = replay(*[wide[:1, :, :1]] * 5, torch.zeros(1, 1, 5), 0.3, True, (one, None, None))
+    assert torch.equal(one, told[0])
+    assert not one.isnan().any(), "a dimension of size 1 is no broadcast"
 
 
 def test_an_interface_without_these_steps_is_not_replayed():

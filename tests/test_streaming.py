@@ -378,7 +378,8 @@ def test_copies_overlap_and_the_result_is_that_of_a_call(pinned, tmp_path):
         pytest.skip("needs a CUDA device")
     import attrs
 
-    spec = attrs.evolve(LONG, seq_len=9000, head_dim=64, dtype="bfloat16", pattern=P.longnet([1024, 4096], [1, 4]))
+    pattern = P.longnet([1024, 4096], [1, 4])
+    spec = attrs.evolve(LONG, seq_len=9000, kv_len=9000, head_dim=64, dtype="bfloat16", pattern=pattern)
     plan = attnplan.compile(spec, device="cuda")
     given = tensors(spec)
     want = plan(*(x.cuda() for x in given)).cpu()

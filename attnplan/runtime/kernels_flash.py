@@ -33,7 +33,7 @@ from attnplan.runtime.kernels_sdpa import (
 )
 from attnplan.runtime.opaque import Opaque
 from attnplan.runtime.split_keys import pieces_of, split_attention
-from attnplan.runtime.tables import BlockLists, Lists, TileMasks
+from attnplan.runtime.tables import BlockLists, Lists, RowBounds, TileMasks
 
 _MASK_FUNCTIONS = "attnplan.runtime.mask_functions"
 
@@ -259,9 +259,12 @@ NO_MASKED_BACKWARD = (
 )
 
 
-def _mask_function(blocks: BlockLists, masks: TileMasks) -> dict[str, Any]:
+def _mask_function(blocks: BlockLists, masks: TileMasks | RowBounds) -> dict[str, Any]:
     """Return the arguments by which a call masks its partial tiles."""
     functions = module(_MASK_FUNCTIONS)
+    if isinstance(masks, RowBounds):
+        found = functions.between() if masks.bounds.dim() == 2 else functions.between_of_head()
+        return {"mask_mod": found, "aux_tensors": [masks.bounds]}
     chosen = functions.in_tile if masks.places.dim() == 2 else functions.in_tile_of_head
     return {"mask_mod": chosen(*blocks.tile), "aux_tensors": [masks.places, masks.masks]}
 

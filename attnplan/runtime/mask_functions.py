@@ -1,7 +1,8 @@
 # mypy: ignore-errors
 """Mask functions in the language of flash-attn 4's kernels. Imported only where that package is.
 
-One function serves every pattern: what it looks up arrives as tensors, so that one compiled kernel does, too.
+Few functions serve every pattern: what they look up arrives as tensors, so that few compiled kernels do, too. The
+kernel goes through the keys of one row after the other, so what a function reads for a row is read once.
 
 References
 ----------
@@ -14,6 +15,43 @@ from functools import lru_cache
 import cutlass
 import cutlass.cute as cute
 from flash_attn.cute import utils
+
+
+@lru_cache(maxsize=1)
+def between():
+    """Return the mask function of rows that see two ranges of keys at most, for heads that share their tiles.
+
+    It compares with bounds ``[rows, 4]``: where a range begins, and what lies behind it, twice.
+    """
+
+    @cute.jit
+    def meets(batch, head, query, key, lengths, tensors):
+        bounds, row = tensors[0], query[0]
+        column = utils.scalar_to_ssa(key[0], cutlass.Int32)
+        first = utils.scalar_to_ssa(bounds[row, 0], cutlass.Int32)
+        behind = utils.scalar_to_ssa(bounds[row, 1], cutlass.Int32)
+        second = utils.scalar_to_ssa(bounds[row, 2], cutlass.Int32)
+        end = utils.scalar_to_ssa(bounds[row, 3], cutlass.Int32)
+        return ((column >= first) & (column < behind)) | ((column >= second) & (column < end))
+
+    return meets
+
+
+@lru_cache(maxsize=1)
+def between_of_head():
+    """Return the same for heads that have tiles of their own: bounds are ``[H, rows, 4]``."""
+
+    @cute.jit
+    def meets(batch, head, query, key, lengths, tensors):
+        bounds, row = tensors[0], query[0]
+        column = utils.scalar_to_ssa(key[0], cutlass.Int32)
+        first = utils.scalar_to_ssa(bounds[head[0], row, 0], cutlass.Int32)
+        behind = utils.scalar_to_ssa(bounds[head[0], row, 1], cutlass.Int32)
+        second = utils.scalar_to_ssa(bounds[head[0], row, 2], cutlass.Int32)
+        end = utils.scalar_to_ssa(bounds[head[0], row, 3], cutlass.Int32)
+        return ((column >= first) & (column < behind)) | ((column >= second) & (column < end))
+
+    return meets
 
 
 @lru_cache(maxsize=8)

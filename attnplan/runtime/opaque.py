@@ -16,7 +16,7 @@ from torch import Tensor
 from attnplan.errors import AttnPlanError, KernelError
 from attnplan.ir.native import Window
 from attnplan.runtime.kernels import KERNELS, Pair, Request, Triple
-from attnplan.runtime.tables import BlockLists, Lists, TileMasks
+from attnplan.runtime.tables import BlockLists, Lists, RowBounds, TileMasks
 from attnplan.runtime.views import rows_first, with_features_in_line
 
 T = TypeVar("T")
@@ -108,8 +108,10 @@ def _flat(name: str, asked: Request) -> Flat:
         tile = list(blocks.tile)
         for x in (blocks.rows, blocks.columns):
             tensors += [x.partial_count, x.partial_index, x.full_count, x.full_index]
-        if blocks.masks is not None:
+        if isinstance(blocks.masks, TileMasks):
             tensors += [blocks.masks.places, blocks.masks.masks]
+        elif blocks.masks is not None:
+            tensors.append(blocks.masks.bounds)
     numbers = (window + tile, asked.scale, asked.softcap)
     return asked.mask, asked.bias, asked.documents, asked.sinks, tensors, name, asked.causal, *numbers
 
@@ -129,7 +131,9 @@ def _unflat(
     """Return the inverse of :func:`_flat`."""
     left, right, tall, wide = sizes
     window: Window = (None if left < 0 else left, None if right < 0 else right)
-    masks = TileMasks(*blocks[8:]) if len(blocks) > 8 else None
+    masks: TileMasks | RowBounds | None = None
+    if len(blocks) > 8:
+        masks = RowBounds(blocks[8]) if len(blocks) == 9 else TileMasks(*blocks[8:])
     made = BlockLists((tall, wide), Lists(*blocks[:4]), Lists(*blocks[4:8]), masks) if blocks else None
     one = KERNELS[kernel]
     assert isinstance(one, Opaque)

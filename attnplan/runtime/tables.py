@@ -67,14 +67,23 @@ class TileMasks:
 
 
 @attrs.frozen(eq=False)
+class RowBounds:
+    """What a mask function compares with, where a query row sees at most two ranges of keys in partial tiles."""
+
+    bounds: Tensor
+    """(first, behind the last) of both ranges, int32 ``[queries, 4]``, or ``[H, queries, 4]`` where heads differ. They
+    say nothing of whole and empty tiles, in which no mask function is called."""
+
+
+@attrs.frozen(eq=False)
 class BlockLists:
     """The kept tiles of an attend, by tiles of queries for the forward and by tiles of keys for the backward."""
 
     tile: tuple[int, int]
     rows: Lists
     columns: Lists
-    masks: TileMasks | None = None
-    """The masks of partial tiles, for kernels that call a mask function."""
+    masks: TileMasks | RowBounds | None = None
+    """What tells the pairs of partial tiles, for kernels that call a mask function."""
 
 
 def lists(states: np.ndarray, device: torch.device | str = "cpu") -> Lists:
@@ -210,7 +219,7 @@ class BlockListBuilder(torch.nn.Module):
         k: RowMap,
         shape: Shape,
         heads: list[int],
-        look_up: Callable[[BlockTable, torch.device], TileMasks] | None = None,
+        look_up: Callable[[BlockTable, torch.device], TileMasks | RowBounds] | None = None,
     ) -> None:
         super().__init__()
         self.op, self.q, self.k, self.shape, self.heads, self.look_up = op, q, k, shape, heads, look_up

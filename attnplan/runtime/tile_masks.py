@@ -18,7 +18,8 @@ from torch import Tensor
 from attnplan.ir import Attend, RowMap
 from attnplan.patterns import Shape
 from attnplan.patterns.tiles import BlockTable
-from attnplan.runtime.tables import BlockListBuilder, BlockLists, TileMasks
+from attnplan.runtime.row_bounds import row_bounds
+from attnplan.runtime.tables import BlockListBuilder, BlockLists, RowBounds, TileMasks
 from attnplan.runtime.tiles import TileBuilder, Tiles
 
 BACKWARD = "efficient"
@@ -80,26 +81,38 @@ def partial_only(table: BlockTable) -> BlockTable:
     )
 
 
-def lookup_tables(table: BlockTable, device: torch.device | str = "cpu") -> TileMasks:
-    """Return what a mask function looks up: the mask of every tile, and the masks.
+def lookup_tables(table: BlockTable, device: torch.device | str = "cpu") -> TileMasks | RowBounds:
+    """Return what a mask function looks up: bounds of rows where two ranges hold all that a row sees, or masks.
 
     Examples
     --------
     >>> from attnplan.patterns import causal
     >>> from attnplan.patterns.tiles import block_table
-    >>> found = lookup_tables(block_table(causal(), Shape(4, 4, 1, 1), (2, 2), masks=True))
-    >>> found.places.tolist(), found.masks.tolist()
-    ([[0, 0], [0, 0]], [[[1, 0], [1, 1]]])
+    >>> shape = Shape(4, 4, 1, 1)
+    >>> lookup_tables(block_table(causal(), shape, (2, 2), masks=True)).bounds.tolist()
+    [[0, 1, 0, 0], [0, 2, 0, 0], [2, 3, 0, 0], [2, 4, 0, 0]]
     """
+    assert len(table.classes) == 1, "what depends on the batch element is known with the call only"
+    bounds = row_bounds(table)
+    if bounds is not None:
+        return RowBounds(torch.from_numpy(_of_heads(bounds, table)).to(device))
+    return _masks(table, device)
+
+
+def _of_heads(found: np.ndarray, table: BlockTable) -> np.ndarray:
+    """Return what each head finds, or what all do, of what each class of heads does."""
+    each: np.ndarray = found[0] if len(found) == 1 else found[table.classes[0]]
+    return each
+
+
+def _masks(table: BlockTable, device: torch.device | str) -> TileMasks:
+    """Return the mask of every tile, and the masks."""
     assert table.masks is not None
-    grid, classes = table.grid, table.classes
-    numbers = int(classes.max()) + 1
+    grid, numbers = table.grid, int(table.classes.max()) + 1
     rows = np.repeat(np.arange(numbers * grid.rows), np.diff(table.row_ptr))
     places = np.zeros((numbers * grid.rows, max(2, grid.columns)), dtype=np.int32)
     places[rows, table.column] = np.maximum(table.kind - 1, 0)
-    assert len(classes) == 1, "what depends on the batch element is known with the call only"
-    each = places.reshape(numbers, grid.rows, -1)[classes[0]]
-    each = each[0] if numbers == 1 else each
+    each = _of_heads(places.reshape(numbers, grid.rows, -1), table)
     masks = table.masks.astype(np.int32) if len(table.masks) else np.zeros((1, *grid.tile), dtype=np.int32)
     return TileMasks(torch.from_numpy(each).to(device), torch.from_numpy(masks).to(device))
 
