@@ -264,7 +264,7 @@ def sections(
     """
     causals = [attrs.evolve(c, causal=True) for c in cases]
     if timelines:
-        for backward, case, variant in product(halves, cases, ("views", "copied")):
+        for backward, case, variant in product(halves, (*cases, *causals), ("kernels", "views")):
             yield f"timeline {case.name}", partial(_timeline, bench, case, variant, backward=backward)
     elif more:
         yield from _extras(bench, cases, causals, more)
@@ -301,13 +301,18 @@ def _race(
     contestants: dict[str, Callable[[], Call]] = {}
     for make in makers:
         contestants |= make(bench, case, *args, **options)
+    if bench.names:
+        contestants = {n: x for n, x in contestants.items() if n.startswith(bench.names)}
     bench.race(where, contestants, replay=not where.get("backward"))
 
 
 def _timeline(bench: Bench, case: Case, variant: str, *, backward: bool) -> None:
     tensors, (backend, schedule) = bench.tensors(case, 4), best(bench)
-    plan = plan_of(bench, case, variant, backend, schedule)
-    run = training_of(plan, tensors) if backward else forward_of(plan, tensors)
+    if variant == "kernels":
+        run = kernels_alone(case, schedule.runs, bench.device, bench.dtype, batched=False, backward=backward)
+    else:
+        plan = plan_of(bench, case, variant, backend, schedule)
+        run = training_of(plan, tensors) if backward else forward_of(plan, tensors)
     where = {"case": case.name, "causal": case.causal, "backward": backward}
     bench.write({**where, "name": f"timeline {variant} {schedule.runs}", **timeline(run, gpu=bench.gpu)})
 
@@ -323,9 +328,11 @@ def main() -> None:
     parser.add_argument("--cases", default="", help="which specs, separated by commas; all without")
     parser.add_argument("--more", default="", help="'parts' or 'check' instead of times")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each contestant, at most")
+    parser.add_argument("--names", default="", help="contestants whose names begin so, separated by commas")
     parser.add_argument("--kernels", default="cudnn,fa4", help="kernels of plans; flash-cuda is the third")
     options = parser.parse_args()
     bench = Bench(options.json, options.budget, options.kernels, gpu=options.gpu, rounds=options.rounds)
+    bench.names = tuple(filter(None, options.names.split(",")))
     known = TINY if options.tiny else CASES if options.gpu else ON_CPU
     cases = [c for c in known if c.name in options.cases.split(",")] or known
     halves = {"forward": [False], "training": [True], "both": [False, True]}[options.half]

@@ -50,6 +50,8 @@ class Bench:
         self.kernels = kernels.split(",") if gpu else ["flash-cpu"]
         self.path, self.end, self.gpu = path, time.monotonic() + budget, gpu
         self.rounds, self.seconds = rounds, seconds
+        self.names: tuple[str, ...] = ()
+        """Contestants that take part in contests begin so; all do without."""
         self.target: Target = resolve("cuda" if gpu else "cpu")
         self.device = torch.device("cuda" if gpu else "cpu")
         self.dtype = "bfloat16" if gpu else "float32"
