@@ -161,6 +161,9 @@ def blocks(setting: Setting, ledger: Ledger) -> None:
             ledger.measure("random blocks", name_of(plan), one)
 
 
+WITHOUT = "without its global rows"
+
+
 def longformer(setting: Setting, ledger: Ledger) -> None:
     """A window of 2,048 keys in all, and 128 global tokens: every strategy side by side, and FlexAttention by hand."""
     spec = setting.spec(setting.long, P.window(8 * setting.unit) | P.global_tokens(setting.unit), causal=False)
@@ -169,14 +172,18 @@ def longformer(setting: Setting, ledger: Ledger) -> None:
     contestants: dict[str, Callable[[], Any]] = {name_of(p): partial(p, q, k, v) for p in plans(spec, setting.target)}
     if setting.on_gpu:
         contestants["FlexAttention by hand"] = flex_by_hand(spec, q, k, v)
+    rest = attrs.evolve(spec, pattern=P.window(8 * setting.unit) | P.sinks(setting.unit))
+    for plan in plans(rest, setting.target):
+        if plan.strategy == "blocks":  # how long rows that see every key hold up one call for all
+            contestants[f"{WITHOUT}, {name_of(plan)}"] = partial(plan, q, k, v)
     for name, run in contestants.items():
 
-        def one(run: Callable[[], Any] = run) -> Row:
+        def one(name: str = name, run: Callable[[], Any] = run) -> Row:
             out = run()
             if not want:
                 want.append(out)
             times = race({"plan": run}, setting.rounds, on_gpu=setting.on_gpu)
-            row: Row = {**flat(times), "difference": apart(out, want[0])}
+            row: Row = flat(times) if name.startswith(WITHOUT) else {**flat(times), "difference": apart(out, want[0])}
             if setting.on_gpu:
                 try:
                     row["kernels"] = parts(run)
