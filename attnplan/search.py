@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import attrs
 
@@ -41,6 +42,9 @@ STRATEGIES: Mapping[str, Pipeline] = {
     "lattice-views": Pipeline((Canonicalize(), SplitHeads(), Lattice(), Views(), FuseMerge(), PullMerge())),
     "lattice-batch": Pipeline((Canonicalize(), SplitHeads(), Lattice(), FuseMerge(), PullMerge(), BatchBranches())),
     "blocks": Pipeline((Canonicalize(), SplitHeads(), BlockSparse(), FuseMerge())),
+    "blocks-rows": Pipeline(
+        (Canonicalize(), SplitHeads(), Decompose(full_rows=True), BlockSparse(), FuseMerge(), PullMerge())
+    ),
     "decompose": Pipeline((Canonicalize(), SplitHeads(), Decompose(), Lattice(), BlockSparse(), FuseMerge())),
     "decompose-pull": Pipeline(
         (Canonicalize(), SplitHeads(), Decompose(), Lattice(), BlockSparse(), FuseMerge(), PullMerge())
@@ -51,7 +55,8 @@ STRATEGIES: Mapping[str, Pipeline] = {
 ``dense`` attends over whole rows, masked where a kernel does not know the pattern; ``lattice`` takes segments and
 dilation apart; ``lattice-views`` and ``lattice-batch`` do so with kernels of our own around those of attention, which
 need Triton: one join writes each row once, and rows are strided views in more launches, or copied for fewer of them;
-``blocks`` run the tiles of the mask that hold pairs, or a band as overlapping chunks; ``decompose`` cuts set unions
+``blocks`` run the tiles of the mask that hold pairs, or a band as overlapping chunks, and ``blocks-rows`` rows that see
+every key apart from them; ``decompose`` cuts set unions
 into disjoint parts, each of which the others take up, and ``decompose-pull`` joins them by a kernel of our own;
 ``naive`` is the lowering itself, which only the reference runs. Where a schedule has no tiles, ``block-sparse`` is left
 out; where it has no CUDA kernel, so are ``views``, ``pull-merge`` and ``batch-branches``.
@@ -72,6 +77,8 @@ def pipelines(tiling: Tiling | None, fusing: Fusing | None = None) -> dict[str, 
     Without ``fusing`` there is no strategy that needs kernels of our own.
     """
     sized = {name: Pipeline(tuple(_sized(p.passes, tiling, fusing))) for name, p in STRATEGIES.items()}
+    if tiling is None:
+        del sized["blocks-rows"]  # without tiles no row holds others up
     first = {pipeline: name for name, pipeline in reversed(sized.items())}
     return {name: pipeline for name, pipeline in sized.items() if first[pipeline] == name}
 
@@ -143,11 +150,21 @@ def lowerings(spec: AttentionSpec, tiling: Tiling | None = None, *, fused: bool 
     for name, pipeline in pipelines(tiling, (spec.layout, spec.batch) if fused else None).items():
         graph, steps = pipeline.run(*_start(spec), _memo(spec))
         same = [i for i, other in enumerate(found) if graph == other.graph and other.strategy != "naive"]
+        if not same and _cuts_no_rows(steps):
+            same = [i for i, other in enumerate(found) if "blocks" in (other.strategy, *other.also)]
         if same:
             found[same[0]] = attrs.evolve(found[same[0]], also=(*found[same[0]].also, name))
         else:
             found.append(Lowered(name, graph, steps))
     return tuple(found)
+
+
+def _cuts_no_rows(steps: Sequence[Step]) -> bool:
+    """Return whether a pipeline was to cut rows that see every key off, and found none."""
+    return any(
+        isinstance(step.rewrite, Decompose) and step.rewrite.full_rows and step.graph == before.graph
+        for before, step in pairwise(steps)
+    )
 
 
 def lowerings_clear() -> None:

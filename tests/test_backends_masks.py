@@ -10,6 +10,7 @@ import attnplan
 from attnplan import patterns as P
 from attnplan.backends import flash, limits
 from attnplan.errors import KernelError
+from attnplan.ir import Attend
 from attnplan.patterns import Shape
 from attnplan.patterns.tiles import block_table
 from attnplan.runtime.kernels import Request
@@ -44,6 +45,29 @@ def test_one_call_forward_and_whole_tiles_apart_backward(name):
     assert_agree(call.got(plan), call.expected(), 1e-11, name)
     assert fake_kernels.calls["fa4 forward"] == 1
     assert fake_kernels.calls["fa4 backward"] >= 1
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("tokens", [P.global_tokens(2), P.global_tokens([5, 6, 30])])
+def test_rows_that_see_every_key_are_calls_of_their_own(layout, tokens):
+    spec = spec_of(P.window(3) | tokens, seq_len=45, layout=layout)
+    call = Call.of(spec, batch=2)
+    plan = plan_by(spec, "fa4-masks", "blocks-rows")
+    fake_kernels.calls.clear()
+    assert_agree(call.got(plan), call.expected(), 1e-11, layout)
+    rows = [graph_rows(plan, node) for node, op in plan.graph.of(Attend) if op.tile is None]
+    assert rows == ([(0, 2)] if tokens == P.global_tokens(2) else [(5, 7), (30, 31)])
+    assert fake_kernels.calls["fa4 forward"] == len(plan.graph.of(Attend))
+
+
+def graph_rows(plan, node):
+    rows = plan.graph.args(node)[0].type.rows
+    return rows.row, rows.last_row + 1
+
+
+def test_where_no_row_sees_every_key_none_is_cut_off():
+    assert not [p for p in plans(MORE["more keys"]) if p.strategy == "blocks-rows"]  # sinks are keys alone
+    assert any(p.strategy == "blocks" for p in plans(MORE["more keys"]))
 
 
 def test_a_dispatch_mode_sees_the_same():

@@ -127,8 +127,8 @@ def _blocks_reason(graph: Graph, node: Node, native: frozenset[str]) -> str:
     assert isinstance(op, Attend)
     if op.boxes is not None:
         return f"takes tiles of neighbouring rows, %{node.id} has boxes of {op.boxes}"
-    if any(isinstance(n.op, Take) for n in graph.args(node)):
-        return f"skips tiles of whole inputs, %{node.id} runs on a part"
+    if any(isinstance(n.op, Take) and not _is_run(n.type.rows) for n in graph.args(node)):
+        return f"skips tiles of neighbouring rows in one axis of heads, %{node.id} takes others"
     if op.where.operands or op.shift is None:
         given = sorted(op.where.operands) or ["q_offset"]
         return f"skips tiles that are known when the plan is made, %{node.id} depends on {', '.join(given)}"
@@ -141,6 +141,11 @@ def _blocks_reason(graph: Graph, node: Node, native: frozenset[str]) -> str:
         some = f"{found.partial} of the {found.kept} that {op.where!r} keeps of {tall} x {wide}"
         return f"runs whole tiles, and {some} are partial"
     return ""
+
+
+def _is_run(rows: RowMap) -> bool:
+    """Return whether rows are neighbouring ones, the same in every step of one axis of heads."""
+    return rows.contiguous and len(rows.batch) == 1
 
 
 MOST_LOOKED_UP = 1 << 26

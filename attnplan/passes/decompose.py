@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial, reduce
 from itertools import groupby, pairwise
 from operator import and_, or_
 from typing import ClassVar
@@ -44,9 +44,12 @@ class Decompose(Pass):
     """
 
     name: ClassVar[str] = "decompose"
+    full_rows: bool = False
+    """Whether only rows that see every key are cut off, such as those of global tokens: as one row of tiles among many
+    they would be the longest by far, and a launch of all of them would wait for it."""
 
     def __call__(self, graph: Graph) -> Graph:
-        return rewrite(graph, _visit)
+        return rewrite(graph, partial(_visit, _full_rows if self.full_rows else _parts))
 
 
 @attrs.frozen
@@ -86,14 +89,18 @@ class Part:
     k: RowMap
 
 
-def _visit(builder: Builder, node: Node, args: tuple[int, ...]) -> int | None:
+Cut = Callable[[Pattern, int, RowMap, RowMap], Iterable[Part]]
+"""Cuts a condition, with its shift, between rows of q and of k whose heads it treats alike."""
+
+
+def _visit(cut: Cut, builder: Builder, node: Node, args: tuple[int, ...]) -> int | None:
     op = node.op
     if not isinstance(op, Attend) or op.shift is None or op.at is not None:
         return None
     q, k = (builder.type(a).rows for a in args[:2])
     if not (q.contiguous and k.contiguous) or not _is_union(op.where) or unread(op.where):
         return None
-    parts = [part for heads in _head_parts(op.where, q, k) for part in _parts(op.where, op.shift, *heads)]
+    parts = [part for heads in _head_parts(op.where, q, k) for part in cut(op.where, op.shift, *heads)]
     if not parts or parts == [Part(op.where, q, k)] or any(unread(part.where) for part in parts):
         return None  # nothing to gain, or spelled in a way that the proof does not read
     made = [
@@ -145,6 +152,17 @@ def _parts(where: Pattern, shift: int, q: RowMap, k: RowMap) -> Iterator[Part]:
         for piece, condition in pieces(left, box):
             queries, keys = piece.queries, piece.keys
             yield Part(condition, _rows(q, queries[0] - shift, queries), _rows(k, keys[0], keys))
+
+
+def _full_rows(where: Pattern, shift: int, q: RowMap, k: RowMap) -> Iterator[Part]:
+    """Cut rows that see every key off those that do not."""
+    first = q.row + shift
+    heads, queries, keys = (q.head, q.last_head + 1), (first, first + q.length), (k.row, k.row + k.length)
+    cells = [(rows, fold(where, Box.of(heads, rows, keys)) is True) for rows in _between(set(_ends(where)), queries)]
+    for sees_all, run in groupby(cells, key=lambda cell: cell[1]):
+        spans = [rows for rows, _ in run]
+        start, stop = spans[0][0], spans[-1][1]
+        yield Part(full() if sees_all else where, _rows(q, start - shift, (start, stop)), k)
 
 
 def _rows(rows: RowMap, first: int, positions: Range) -> RowMap:
