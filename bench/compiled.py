@@ -1,21 +1,19 @@
 """The compiled backend beside FlexAttention by hand: `python -m bench.compiled --json bench/results/compiled-cpu.json`.
 
-On a GPU: `python -m bench.compiled --gpu --budget 540 --json bench/results/compiled-h100.json`: rows are compiled side
+On a GPU: `python -m bench.compiled --gpu --budget 110 --json bench/results/compiled-h100.json`: rows are compiled side
 by side, then measured one by one, each in a process of its own. With `--dry-run` everything runs at a small size.
+`--rows lattice,alibi` measures rows beside those that targets ask for.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,11 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import attnplan
 from attnplan import AttentionSpec
 from attnplan import patterns as P
+from bench.side_by_side import run, write_row
 
 WINDOW, GLOBAL = 512, 64
+Row = Generator[None, None, dict[str, Any]]
+"""A row that stops once, when all is compiled and has run."""
 
 
 def window_by_hand(b, h, q, k):
@@ -121,9 +122,12 @@ def cpu_row(name: str, length: int = 16_384, heads: int = 4, head_dim: int = 64,
     }  # fmt: skip
 
 
+HAND = "create_block_mask with tiles of 128 x 128, torch.compile(flex_attention, dynamic=False), torch's own options"
+
+
 def gpu_row(
     name: str, length: int = 65_536, heads: int = 16, head_dim: int = 128, rounds: int = 15, device: str = "cuda"
-) -> dict[str, Any]:
+) -> Row:
     """Return forward, and forward and backward, of plans and of FlexAttention written by hand, all run in turns.
 
     Targets: ``compiled`` at most 1.02 times as long as by hand, ``auto`` no longer than the best of the others.
@@ -145,35 +149,60 @@ def gpu_row(
     spec = AttentionSpec(
         seq_len=length, heads=heads, head_dim=head_dim, pattern=pattern, causal=causal, dtype="bfloat16"
     )
+    made = [torch.randn(1, heads, length, head_dim, dtype=torch.bfloat16, device=device) for _ in range(3)]
+    leaves, grad = [x.clone().requires_grad_() for x in made], torch.randn_like(made[0])
     by_hand = torch.compile(flex_attention, dynamic=False)
     make = torch.compile(create_block_mask) if device == "cuda" else create_block_mask
     mask = make(rule, None, None, length, length, device=device)
-    made = [torch.randn(1, heads, length, head_dim, dtype=torch.bfloat16, device=device) for _ in range(3)]
-    row: dict[str, Any] = {"case": name, "shape": [1, heads, length, head_dim], "dtype": "bfloat16", "plans": {}}
-    runs: dict[str, Callable[..., Any]] = {"by hand": lambda *x: by_hand(*x, block_mask=mask)}
-    for backend in ("compiled", "auto", "flash"):
-        try:
-            plan = attnplan.compile(spec, device=device, backend=backend)
-            plan(*made, **operands)
-        except Exception as error:  # a package that is missing, or a plan that fails, is a fact of its own
-            row["plans"][backend] = f"{type(error).__name__}: {error}"[:500]
-        else:
-            row["plans"][backend] = repr(plan)
-            runs[backend] = lambda *x, plan=plan: plan(*x, **operands)
-    with torch.no_grad():
-        expected = runs["by hand"](*made).float()
-        row["relative_l2"] = {
-            n: float((r(*made).float() - expected).norm() / expected.norm()) for n, r in runs.items() if n != "by hand"
-        }
-        forward = in_turns({n: lambda r=r: r(*made) for n, r in runs.items()}, rounds, device)
-    row |= {"forward": summary(forward), **compared(forward, "")}
-    if device == "cuda":  # FlexAttention has no backward on the CPU
-        leaves = [x.clone().requires_grad_() for x in made]
-        grad = torch.randn_like(made[0])
-        works = {n: lambda r=r: torch.autograd.grad(r(*leaves), leaves, grad) for n, r in runs.items()}
-        both = in_turns(works, rounds, device)
-        row |= {"forward_and_backward": summary(both), **compared(both, "training_")}
+    row: dict[str, Any] = {
+        "case": name, "shape": [1, heads, length, head_dim], "dtype": "bfloat16", "by_hand": HAND, "plans": {},
+    }  # fmt: skip
+    turns = {}
+    for what in ("forward", "training"):
+        training = what == "training"
+        runs: dict[str, Callable[..., Any]] = {"by hand": lambda *x: by_hand(*x, block_mask=mask)}
+        if training and device == "cpu":  # a dry run, where FlexAttention has no backward
+            runs = {"by hand": torch.nn.functional.scaled_dot_product_attention}
+        runs |= plans_of(spec, leaves if training else made, operands, row["plans"], training=training)
+        works = {n: (lambda r=r: r(*made)) for n, r in runs.items()}
+        if training:
+            works = {n: (lambda r=r: torch.autograd.grad(r(*leaves), leaves, grad)) for n, r in runs.items()}
+        row |= errors(works, what)
+        turns[what] = works
+    yield
+    for what, works in turns.items():
+        with torch.set_grad_enabled(what == "training"):
+            seconds = in_turns(works, rounds, device)
+        row |= {what: summary(seconds), **compared(seconds, "training_" if what == "training" else "")}
     return row
+
+
+def plans_of(
+    spec: AttentionSpec, given: list[Any], operands: dict[str, Any], said: dict[str, str], *, training: bool
+) -> dict[str, Callable[..., Any]]:
+    """Return the plans that run; what each is, or why there is none, is added to ``said``."""
+    device, runs = given[0].device.type, {}
+    for backend in ("compiled", "auto", "flash"):
+        label = f"{backend}, training" if training else backend
+        try:
+            plan = attnplan.compile(attrs.evolve(spec, training=training), device=device, backend=backend)
+            with torch.set_grad_enabled(training):
+                plan(*given, **operands)
+        except Exception as error:  # a package that is missing, or a plan that fails, is a fact of its own
+            said[label] = f"{type(error).__name__}: {error}"[:300]
+        else:
+            said[label] = f"{plan.strategy} > {plan.backend} ({plan.schedule})"
+            runs[backend] = lambda *x, plan=plan: plan(*x, **operands)
+    return runs
+
+
+def errors(works: dict[str, Callable[[], Any]], what: str) -> dict[str, Any]:
+    """Run each work once, and return how far its first result, an output or dq, is from that by hand."""
+    with torch.set_grad_enabled(what == "training"):
+        found = {n: w() for n, w in works.items()}
+    first = {n: (x[0] if isinstance(x, tuple) else x).float() for n, x in found.items()}
+    expected = first.pop("by hand")
+    return {f"{what}_relative_l2": {n: float((x - expected).norm() / expected.norm()) for n, x in first.items()}}
 
 
 def compared(seconds: dict[str, list[float]], prefix: str) -> dict[str, float]:
@@ -244,9 +273,7 @@ class Mixed(torch.nn.Module):
         return x
 
 
-def model_row(
-    length: int = 16_384, heads: int = 8, head_dim: int = 128, rounds: int = 9, device: str = "cuda"
-) -> dict[str, Any]:
+def model_row(length: int = 16_384, heads: int = 8, head_dim: int = 128, rounds: int = 9, device: str = "cuda") -> Row:
     """Return a compiled training step of 12 mixed layers beside its plans alone and the model without attention.
 
     Target: at most 1.05 times their sum.
@@ -255,7 +282,8 @@ def model_row(
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     common = {"seq_len": length, "heads": heads, "head_dim": head_dim, "dtype": dtype, "layout": "bshd"}
     plans = [
-        attnplan.compile(AttentionSpec(pattern=kinds[n % 3], causal=True, **common), device=device) for n in range(12)
+        attnplan.compile(AttentionSpec(pattern=kinds[n % 3], causal=True, training=True, **common), device=device)
+        for n in range(12)
     ]
     x = torch.randn(1, length, heads * head_dim, device=device, dtype=dtype)
     models = {name: Mixed(given, heads, head_dim).to(device, dtype) for name, given in
@@ -274,10 +302,14 @@ def model_row(
             torch.autograd.grad(plan(*leaves), leaves, grad)
 
     works = {"with attention": lambda: step("with attention"), "without": lambda: step("without"), "plans": plans_alone}
+    for work in works.values():
+        work()
+    yield
     seconds = in_turns(works, rounds, device)
     middle = {name: statistics.median(x) for name, x in seconds.items()}
     return {
-        "case": "12 layers", "shape": [1, heads, length, head_dim], "plans": [repr(p) for p in plans[:3]],
+        "case": "12 layers", "shape": [1, heads, length, head_dim],
+        "plans": [f"{p.strategy} > {p.backend} ({p.schedule})" for p in plans[:3]],
         "training_step": summary(seconds), "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
         "times_its_parts": middle["with attention"] / (middle["without"] + middle["plans"]),
     }  # fmt: skip
@@ -331,47 +363,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def works_of(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Return the rows, those that a target asks for first."""
+def works_of(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """Return the rows, those that a target asks for first; the last two are beside them."""
     small: dict[str, Any] = {"length": 1024, "heads": 2, "rounds": 1} if options.dry_run else {}
     if not options.gpu:
         return {name: lambda name=name: cpu_row(name, **small) for name in CPU}
     small |= {"device": "cpu", "head_dim": 32} if options.dry_run else {}
-    small |= {"rounds": 1} if options.warm else {}
-    works = {name: lambda name=name: gpu_row(name, **small) for name in ("window", "longformer", "documents")}
-    works |= {"12 layers": lambda: model_row(**small), "random blocks": lambda: gpu_row("random blocks", **small)}
+    works: dict[str, Callable[[], Any]] = {n: lambda n=n: gpu_row(n, **small) for n in ("window", "documents")}
+    works |= {"12 layers": lambda: model_row(**small)}
+    works |= {n: lambda n=n: gpu_row(n, **small) for n in ("longformer", "random blocks")}
     return works | {"lattice": lambda: lattice_row(**small), "alibi": lambda: alibi_row(**small)}
 
 
-def begun(name: str, options: argparse.Namespace, into: Path, *, warm: bool) -> subprocess.Popen[bytes]:
-    """Start a process that measures one row, in a group of its own: the compilers that it starts end with it."""
-    command = [sys.executable, "-m", "bench.compiled", "--row", name, "--into", str(into)]
-    chosen = {"--gpu": options.gpu, "--dry-run": options.dry_run, "--warm": warm}
-    command += [flag for flag, given in chosen.items() if given]
-    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
-def ended(process: subprocess.Popen[bytes], name: str, into: Path, limit: float) -> dict[str, Any]:
-    """Return the row of a process, or how it ended; after ``limit`` seconds it is ended."""
-    try:
-        _, said = process.communicate(timeout=max(limit, 1))
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return {"case": name, "error": f"ended after {limit:.0f} seconds"}
-    if into.exists():
-        found: dict[str, Any] = json.loads(into.read_text(encoding="utf-8"))
-        return found
-    return {"case": name, "error": f"ended with {process.returncode}: {said.decode(errors='replace')[-1500:]}"}
-
-
-def write_row(options: argparse.Namespace) -> None:
-    """Measure one row and write it; what goes wrong is its text."""
-    try:
-        row = works_of(options)[options.row]()
-    except Exception as error:  # one row must not lose the others
-        row = {"case": options.row, "error": f"{type(error).__name__}: {error}"[:2000]}
-    options.into.write_text(json.dumps(row), encoding="utf-8")
+BESIDE = ("lattice", "alibi")
 
 
 def main() -> None:
@@ -379,50 +383,37 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="begin no row after this many seconds")
-    parser.add_argument("--limit", type=float, default=150, help="most seconds of one row on a GPU")
-    parser.add_argument("--rows", default="", help="names of rows, separated by commas; all by default")
+    parser.add_argument("--budget", type=float, default=3600.0, help="seconds for everything")
+    parser.add_argument("--limit", type=float, default=60.0, help="most seconds in which a row is measured on a GPU")
+    parser.add_argument("--rows", default="", help="names of rows, separated by commas; those of targets by default")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--warm", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    works = works_of(options)
     if options.row:
-        write_row(options)
+        write_row(options.row, works[options.row], options.into)
         return
-    names = [name for name in works_of(options) if not options.rows or name in options.rows.split(",")]
+    names = [n for n in works if (n in options.rows.split(",") if options.rows else n not in BESIDE)]
     found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": []}
     if torch.cuda.is_available():
         found["device"] = torch.cuda.get_device_name()
+    start = time.perf_counter()
+
+    def done(row: dict[str, Any]) -> None:
+        found["rows"].append(row)
+        found["seconds"] = round(time.perf_counter() - start, 1)
+        if options.json and not options.dry_run:
+            options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    flags = {"--gpu": options.gpu, "--dry-run": options.dry_run}
+    command = [sys.executable, "-m", "bench.compiled", *(flag for flag, given in flags.items() if given)]
+    limit = options.limit if options.gpu else options.budget
     with tempfile.TemporaryDirectory() as folder:
-        measure(names, options, Path(folder), found)
+        for some in [names] if options.gpu else [[name] for name in names]:  # a CPU is measured by one at a time
+            run(some, command, Path(folder), options.budget - (time.perf_counter() - start), limit, done)
     if not options.json:
         print(json.dumps(found, indent=1))
     print(table(found["rows"]))
-
-
-def measure(names: list[str], options: argparse.Namespace, folder: Path, found: dict[str, Any]) -> None:
-    """Compile all rows side by side, then measure one after the other, each in a process that can fail alone."""
-    start = time.perf_counter()
-
-    def left() -> float:
-        return options.budget - (time.perf_counter() - start)
-
-    limit = options.limit if options.gpu else 3600.0
-    if options.gpu:  # what they compile stays in the caches of Inductor and Triton
-        warm = {name: begun(name, options, folder / f"warm {name}", warm=True) for name in names}
-        until = time.perf_counter() + min(limit, left() / 2)
-        rows = [ended(p, n, folder / f"warm {n}", until - time.perf_counter()) for n, p in warm.items()]
-        found["compiling"] = {r["case"]: r["error"] for r in rows if "error" in r}
-        found["compiling_seconds"] = round(time.perf_counter() - start, 1)
-    for name in names:
-        if left() < 5:
-            row: dict[str, Any] = {"case": name, "error": "left out: the budget was spent"}
-        else:
-            into = folder / name
-            row = ended(begun(name, options, into, warm=False), name, into, min(limit, left()))
-        found["rows"].append(row)
-        if options.json and not options.dry_run:
-            options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

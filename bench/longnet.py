@@ -14,6 +14,10 @@ every ratio beside what it should be.
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -182,17 +186,32 @@ def peers(bench: Bench, case: Case, *, backward: bool) -> dict[str, Callable[[],
 
 
 def dense(bench: Bench, case: Case) -> dict[str, Callable[[], Call]]:
-    """Return dense attention over all tokens, and FlexAttention with a mask of the same pairs, for scale."""
+    """Return dense attention over all tokens, for scale."""
     rows = [x.transpose(1, 2) for x in bench.tensors(case)]
-    made: dict[str, Callable[[], Call]] = {
+    return {
         f"dense {s.runs}": partial(
             lambda name: partial(attend, *rows, None, name, case.causal, case.head_dim**-0.5), s.runs
         )
         for _, s in bench.schedules
     }
-    if case.name == "A":
-        made["flex with a dilated mask"] = partial(flex_longnet, case, rows, compiled=bench.gpu)
-    return made
+
+
+def flex(bench: Bench, case: Case) -> dict[str, Callable[[], Call]]:
+    """Return FlexAttention with a mask of the same pairs, for scale."""
+    rows = [x.transpose(1, 2) for x in bench.tensors(case)]
+    return {"flex with a dilated mask": partial(flex_longnet, case, rows, compiled=bench.gpu)}
+
+
+def flex_apart(bench: Bench, case: Case) -> None:
+    """Race :func:`flex` in a process of its own: where a kernel reads what it may not, the process is lost with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", "bench.longnet", "--flex", "--cases", case.name, "--json", str(path)]
+        command.append("--gpu" if bench.gpu else "--tiny")
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=max(bench.left, 10.0), check=False)
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    for row in rows or [{"case": case.name, "failed": f"ended with {ended.returncode}: {ended.stderr[-300:]}"}]:
+        bench.write(row)
 
 
 # ------------------------------------------------------------------------------------------------ what is beside time
@@ -278,6 +297,8 @@ def sections(
             if case.kind == "longnet":
                 where = {"case": case.name, "causal": False, "backward": False}
                 yield f"dense {case.name}", partial(_race, bench, where, [dense], case)
+        if cases[0].name == "A" and False in halves:
+            yield "flex with a dilated mask", partial(flex_apart, bench, cases[0])
 
 
 def _extras(
@@ -327,6 +348,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=150.0, help="seconds after which no contestant begins")
     parser.add_argument("--cases", default="", help="which specs, separated by commas; all without")
     parser.add_argument("--more", default="", help="'parts' or 'check' instead of times")
+    parser.add_argument("--flex", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=9, help="turns of each contestant, at most")
     parser.add_argument("--names", default="", help="contestants whose names begin so, separated by commas")
     parser.add_argument("--kernels", default="cudnn,fa4", help="kernels of plans; flash-cuda is the third")
@@ -337,7 +359,11 @@ def main() -> None:
     cases = [c for c in known if c.name in options.cases.split(",")] or known
     halves = {"forward": [False], "training": [True], "both": [False, True]}[options.half]
     more = tuple(filter(None, options.more.split(",")))
-    for name, run in sections(bench, cases, halves=halves, timelines=options.timeline, more=more):
+    found_sections = sections(bench, cases, halves=halves, timelines=options.timeline, more=more)
+    if options.flex:
+        where = {"case": cases[0].name, "causal": False, "backward": False}
+        found_sections = iter([("flex", partial(_race, bench, where, [flex], cases[0]))])
+    for name, run in found_sections:
         if bench.left < 0:
             bench.write({"name": name, "failed": "no time left"})
             continue

@@ -133,10 +133,14 @@ def flex_longnet(case: Case, rows: Sequence[Tensor], *, compiled: bool, block: i
     """Return FlexAttention over ``[B, H, S, D]`` with a mask of the pairs of all branches: one softmax, each key once.
 
     Its block tables are written down instead of searched for: every block in a segment of the longest branch holds a
-    pair of it, and those in a segment of a first branch of rate 1 are full.
+    pair of it, and those in a segment of a first branch of rate 1 are full. They are as ``create_block_mask`` makes
+    them: int32, contiguous, and as wide as there are blocks. Lengths and rates are powers of two, so that the mask
+    needs no division, which FlexAttention would do for each pair of a block.
     """
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+    if any(n & (n - 1) for n in (*case.segments, *case.rates)):
+        raise ValueError(f"lengths and rates must be powers of two; got {case.segments} and {case.rates}")
     first, longest = case.segments[0], max(case.segments)
     blocks, device = case.tokens // block, rows[0].device
     at = torch.arange(blocks, dtype=torch.int32, device=device)
@@ -146,9 +150,8 @@ def flex_longnet(case: Case, rows: Sequence[Tensor], *, compiled: bool, block: i
         near = at[None] * block // length == at[:, None] * block // length
         if without:
             near &= at[None] * block // without != at[:, None] * block // without
-        count = near.sum(1, dtype=torch.int32)
-        index = near.int().argsort(dim=1, descending=True, stable=True).int()[:, : max(int(count.max()), 1)]
-        return count[None, None], index[None, None].contiguous()
+        index = near.int().argsort(dim=1, descending=True, stable=True).int()
+        return near.sum(1, dtype=torch.int32)[None, None].contiguous(), index[None, None].contiguous()
 
     whole = first if case.rates[0] == 1 and first % block == 0 else 0
     full = tables(first, 0) if whole else (None, None)
@@ -156,14 +159,15 @@ def flex_longnet(case: Case, rows: Sequence[Tensor], *, compiled: bool, block: i
     def meets(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         found = q < 0
         for length, rate in zip(case.segments, case.rates, strict=True):
-            found = found | ((q // length == k // length) & ((q - head) % rate == 0) & ((k - head) % rate == 0))
+            taken = (((q - head) | (k - head)) & (rate - 1)) == 0
+            found = found | (((q ^ k) < length) & taken)
         return found
 
     mask = BlockMask.from_kv_blocks(
         *tables(longest, whole), *full, BLOCK_SIZE=block, mask_mod=meets, seq_lengths=(case.tokens, case.tokens),
         compute_q_blocks=False,
     )  # fmt: skip
-    function = torch.compile(flex_attention) if compiled else flex_attention
+    function = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
     return lambda: function(*rows, block_mask=mask)
 
 

@@ -281,15 +281,24 @@ def test_inductor_trains_lattices_like_the_reference(taken_up, monkeypatch):
     assert any("planned" in name for name in nodes) != taken_up
 
 
+def on_gpu(kernel, device, strategy="lattice"):
+    """Return a spec whose last segments are cut short, and how a schedule takes one of its graphs."""
+    spec = spec_of(P.longnet([64, 128, 256], [1, 2, 4]), seq_len=300, head_dim=64, dtype="bfloat16")
+    options = attnplan.search._options(spec, attnplan.cost.resolve(device), "compiled", "lattice")
+    return spec, *next(o for o in options if (o[0].strategy, o[2].name) == (strategy, kernel))
+
+
+@pytest.mark.parametrize("kernel", ["sdpa-cudnn", "sdpa-flash"])
+def test_kernels_without_masks_take_segments_apart_that_are_cut_short(kernel):
+    assert on_gpu(kernel, "h100")[-1].reasons == ()
+    assert any("takes no mask" in why for why in on_gpu(kernel, "h100", "dense")[-1].reasons)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("kernel", "inlined"), [*itertools.product(["sdpa-cudnn", "sdpa-flash"], [False, True])])
 def test_lattices_agree_with_float64_on_cuda(kernel, inlined):
-    spec = spec_of(P.longnet([64, 128, 256], [1, 2, 4]), seq_len=300, head_dim=64, dtype="bfloat16")
-    from attnplan.search import _options
-
-    found = [o for o in _options(spec, attnplan.cost.resolve("cuda"), "compiled", "lattice") if o[2].name == kernel]
-    lowered, backend, schedule, candidate = found[0]
+    spec, lowered, backend, schedule, candidate = on_gpu(kernel, "cuda")
     assert not candidate.reasons, candidate.reasons
     plan = attnplan.plan.Plan(spec, attnplan.cost.resolve("cuda"), attnplan.search.Found(
         lowered, candidate, backend, schedule, (candidate,)), {})  # fmt: skip

@@ -5,11 +5,13 @@ from __future__ import annotations
 import attrs
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnplan import AttentionSpec
 from attnplan import patterns as P
 from attnplan.cost import resolve
 from attnplan.plan import Plan
+from attnplan.runtime.scores import biased, spread
 from attnplan.search import Found, _options, every_way
 from attnplan.testing import cross_validate
 from bench.memory import measured
@@ -116,6 +118,38 @@ def test_the_peak_is_never_below_what_is_allocated(name, training, monkeypatch):
         assert peak <= plan.predicted.peak_bytes, f"{way(plan)}: {peak} > {plan.predicted.peak_bytes}"
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 1, 1), (1, 1, 1, 1), (2, 4, 7, 1), (1, 4, 1, 5), (2, 1, 7, 5), None])
+@pytest.mark.parametrize("rows", [7, 1])
+def test_what_is_learned_is_read_at_a_place_for_each_row_or_key(shape, rows, monkeypatch):
+    """Inductor adds gradients at the places that were read, and cannot where these are one place for a whole tile."""
+    name = "bias" if shape else "alibi_slopes"
+    made = torch.randn(tuple(n if n != 7 else rows for n in shape) if shape else (2, 4), requires_grad=True)
+    given = (made,) if shape else (made, torch.zeros(1, dtype=torch.int64))
+    b, h, row, key = torch.tensor(0), torch.tensor(1), torch.arange(rows + 1).unsqueeze(1), torch.arange(6)
+    read = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.index.Tensor and args[0].is_floating_point():
+                read.append(max(x.dim() for x in args[1] if x is not None))
+            return func(*args, **(kwargs or {}))
+
+    # one number in a compiled kernel, whatever its shape
+    monkeypatch.setattr(torch, "zeros_like", lambda x: torch.zeros((), dtype=x.dtype))
+    tensors = spread([name], given, rows)
+    with Reads():
+        found = biased(torch.zeros(rows + 1, 6), [name], tensors, b, h, row, key)
+    assert read
+    monkeypatch.undo()
+    whole = biased(torch.zeros(rows + 1, 6), [name], given, b, h, row, key)
+    assert torch.equal(found, whole)
+    flow = torch.randn(rows + 1, 6)
+    got, want = (torch.autograd.grad(x, made, flow)[0] for x in (found, whole))
+    torch.testing.assert_close(got, want)
+    with torch.no_grad():
+        assert spread([name], given, rows)[0] is made
+
+
 # --------------------------------------------------------------------------------------------------------------- CUDA
 
 ON_CUDA = {
@@ -126,6 +160,7 @@ ON_CUDA = {
         "sinks, longnet": {"sink_logits": True, "pattern": P.longnet([64, 128, 256], [1, 2, 4])},
         "bias": {"bias": True},
         "bias, longformer": {"bias": True, "pattern": P.window(40) | P.sinks(5)},
+        "bias of heads": {"bias": True},
         "alibi": {"alibi_slopes": True},
         "all three": {"bias": True, "alibi_slopes": True, "sink_logits": True, "pattern": P.window(100)},
     }.items()
@@ -139,7 +174,8 @@ def test_numbers_on_cuda(name):
     """By every schedule, FlexAttention's score functions and their gradients included."""
     spec = ON_CUDA[name]
     tensors = [x.detach().cuda() for x in oracle.sample_inputs(spec, BATCH, 0, torch.bfloat16)]
-    given = {n: (x.detach() / 4).bfloat16().cuda() for n, x in drawn(spec).items()}
+    shape = (4, 1, 1) if name == "bias of heads" else None
+    given = {n: (x.detach() / 4).bfloat16().cuda() for n, x in drawn(spec, shape).items()}
     upstream = torch.randn_like(tensors[0])
 
     def gradients(run, cast):

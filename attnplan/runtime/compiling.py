@@ -38,7 +38,7 @@ class PerShape:
 
     def __call__(self, key: Any, *args: Any) -> Any:
         """Return the result of the compiled function; ``key`` is whatever beside the tensors makes a difference."""
-        key = (key, torch.is_grad_enabled(), *(_layout(x) for x in args if isinstance(x, Tensor)))
+        key = (key, torch.is_grad_enabled(), *(layout(x) for x in args if isinstance(x, Tensor)))
         found = self._kept.get(key)
         if found is None:
             found = self._compile(key)
@@ -115,7 +115,8 @@ def report() -> CompileReport:
     return CompileReport(dict(COMPILED), *counts, recompiles, 0 if lattices is None else lattices.count_taken_up())
 
 
-def _layout(x: Tensor) -> tuple[Any, ...]:
+def layout(x: Tensor) -> tuple[Any, ...]:
+    """Return what a compiled function of static shapes assumes of a tensor."""
     return x.shape, x.stride(), x.dtype, x.device, x.requires_grad
 
 

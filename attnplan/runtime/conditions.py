@@ -23,6 +23,7 @@ from attnplan.patterns.base import And, Not, Or
 from attnplan.patterns.keys import Sinks
 from attnplan.patterns.segments import Heads
 from attnplan.runtime.masks import runtime_tables
+from attnplan.runtime.scores import position
 
 _KEPT_MODULES = 256
 _LIFTED: Mapping[type[Pattern], tuple[str, ...]] = {
@@ -45,13 +46,21 @@ class Condition:
     offset: bool
     """Whether the position of query row 0, int64 ``[B]``, is the last capture."""
 
+    def to(self, device: torch.device) -> Condition:
+        """Return the condition with what is known of its captures on a device, so that no call copies it there."""
+        return attrs.evolve(self, constants=tuple(x.to(device) for x in self.constants))
+
     def captures(self, given: Mapping[str, Any], batch: int, kv_len: int, device: torch.device) -> list[Tensor]:
         """Return what the module takes behind its positions, for the operands of one call."""
-        made = [x.to(device) for x in self.constants]
-        tables = runtime_tables(given, kv_len)
-        made += [tables[name].expand(batch, -1) for name in self.operands]
-        if self.offset:
-            made.append(torch.as_tensor(given["q_offset"], device=device).reshape(-1).expand(batch).to(torch.int64))
+        tables = runtime_tables(given, kv_len) if self.operands else {}
+        first = position(given["q_offset"], device) if self.offset else None
+        return [*(x.to(device) for x in self.constants), *self.arriving(tables, first, batch)]
+
+    def arriving(self, tables: Mapping[str, Tensor], first_row: Tensor | None, batch: int) -> list[Tensor]:
+        """Return the captures that are not constants, for the tables of runtime operands and the first position."""
+        made = [tables[name].expand(batch, -1) for name in self.operands]
+        if first_row is not None:
+            made.append(first_row.reshape(-1).expand(batch).to(torch.int64))
         return made
 
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import reduce
 from operator import and_
-from typing import Any
+from typing import Any, NamedTuple
 
-import attrs
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,16 +23,16 @@ from attnplan.patterns.base import conjuncts
 from attnplan.patterns.operands import Documents, Padding
 from attnplan.patterns.tiles import Grid, block_table
 from attnplan.runtime.masks import runtime_tables
+from attnplan.runtime.scores import position
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 
-@attrs.frozen(eq=False)
-class TableTensors:
+class TableTensors(NamedTuple):
     """Kept tiles as kernels take them: for each tile row the columns of the partial and of the full tiles, in front.
 
     All of them int32 of shape ``[B or 1, classes, rows]`` and ``[B or 1, classes, rows, width]``; places behind the
-    count hold columns that are not kept.
+    count hold 0.
     """
 
     partial_count: Tensor
@@ -41,9 +40,21 @@ class TableTensors:
     full_count: Tensor
     full_columns: Tensor
 
+    def by_columns(self, columns: int) -> TableTensors:
+        """Return the same tiles by their columns, of which there are so many."""
+        rows = self.partial_count.shape[-1]
+        states = self.partial_count.new_zeros((*self.partial_count.shape, columns + 1), dtype=torch.int8)
+        for state, count, index in (
+            (PARTIAL, self.partial_count, self.partial_columns),
+            (FULL, self.full_count, self.full_columns),
+        ):
+            there = torch.arange(index.shape[-1], device=index.device) < count.unsqueeze(-1)
+            states = states.scatter(-1, torch.where(there, index, columns).long(), state)
+        return compacted(torch.arange(rows, device=states.device), states[..., :columns].transpose(-1, -2))
+
 
 class DeviceTable(torch.nn.Module):
-    """The block table of an intersection, part of which arrives with the call.
+    """The block table of an intersection, part of which arrives with the call. What is static lies on one device.
 
     A tile is called full only if every condition is full in it, and empty if any condition is empty in it; two partial
     conditions may have no pair in common, and the tile is partial then.
@@ -83,23 +94,26 @@ class DeviceTable(torch.nn.Module):
         self.register_buffer("states", torch.from_numpy(states))
 
     def forward(self, operands: Mapping[str, Tensor]) -> TableTensors:
-        """Return the table for the operands of one call, on their device."""
-        device = next((x.device for x in operands.values() if isinstance(x, Tensor)), self.columns.device)
-        columns, states = self.columns.to(device), self.states.to(device)
-        tables = runtime_tables(operands, self.shape.kv_len)
+        """Return the table for the operands of one call, on the device of this module."""
+        shift = position(operands["q_offset"], self.columns.device) if self.q_offset else None
+        return self.judged(runtime_tables(operands, self.shape.kv_len), shift)
+
+    def judged(self, tables: Mapping[str, Tensor], first_row: Tensor | None) -> TableTensors:
+        """Return the table for the tables of runtime operands ``[B or 1, kv_len]`` and positions of query row 0."""
+        device, columns, states = self.columns.device, self.columns, self.states
         row = torch.arange(self.grid.rows, device=device).reshape(1, 1, -1, 1)
         first = row * self.grid.tile[0]
         last = (first + self.grid.tile[0]).clamp(max=self.grid.queries) - 1
         shift: Any = self.grid.q_start
-        if self.q_offset:
-            shift = torch.as_tensor(operands["q_offset"], device=device).reshape(-1, 1, 1, 1)
+        if first_row is not None:
+            shift = first_row.reshape(-1, 1, 1, 1)
         queries = (first + shift, last + shift)
         start = columns * self.grid.tile[1]
         keys = (start, (start + self.grid.tile[1]).clamp(max=self.grid.keys) - 1)
         for term in (*self.bands, *self.runtime):
             found = _judge(term, tables, queries, keys)
             states = torch.where(states < found, states, found)  # the minimum; padding stays empty
-        return _compacted(columns, states)
+        return compacted(columns, states)
 
 
 def _check(runtime: tuple[Pattern, ...], fixed: list[Pattern], q_offset: bool) -> None:
@@ -166,12 +180,23 @@ def _look(table: Tensor, position: Tensor) -> Tensor:
     return table[batch, position]
 
 
-def _compacted(columns: Tensor, states: Tensor) -> TableTensors:
-    """Bring the columns of partial and of full tiles to the front of their rows, in order."""
-    columns = columns.expand(states.shape)
+def compacted(columns: Tensor, states: Tensor) -> TableTensors:
+    """Bring the columns of partial and of full tiles to the front of their rows, in order, zeros behind them.
+
+    By their place in a running count, and not by sorting, which is slower and which compilers do not fuse.
+
+    Examples
+    --------
+    >>> found = compacted(torch.tensor([[4, 5, 6]]), torch.tensor([[2, 0, 1]]))
+    >>> found.partial_count.tolist(), found.partial_columns.tolist(), found.full_columns.tolist()
+    ([1], [[6, 0, 0]], [[4, 0, 0]])
+    """
+    columns = columns.expand(states.shape).to(torch.int32)
+    width = states.shape[-1]
     found = []
     for state in (PARTIAL, FULL):
         kept = states == state
-        order = torch.argsort((~kept).to(torch.int8), dim=-1, stable=True)
-        found += [kept.sum(-1, dtype=torch.int32), columns.gather(-1, order).to(torch.int32)]
+        place = torch.where(kept, kept.cumsum(-1) - 1, width)  # what is not kept goes to one place behind the last
+        front = columns.new_zeros((*states.shape[:-1], width + 1)).scatter(-1, place, columns)
+        found += [kept.sum(-1, dtype=torch.int32), front[..., :width].contiguous()]
     return TableTensors(*found)

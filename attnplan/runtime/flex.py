@@ -20,13 +20,16 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from attnplan.errors import SpecError
 from attnplan.patterns import Pattern, Shape
 from attnplan.patterns.tiles import Grid, block_table
-from attnplan.runtime.compiling import PerShape
+from attnplan.runtime.compiling import PerShape, layout
 from attnplan.runtime.conditions import Condition, condition
 from attnplan.runtime.device_tables import DeviceTable
-from attnplan.runtime.scores import biased, pointwise
+from attnplan.runtime.masks import runtime_tables
+from attnplan.runtime.scores import biased, pointwise, position, spread
 from attnplan.runtime.tables import Lists, block_lists
 
 _KEPT_STRUCTURES = 256
+Tables = tuple[Tensor, ...]
+"""Counts and indices of partial and of full tiles."""
 
 
 @attrs.frozen
@@ -149,49 +152,47 @@ class FlexAttend:
     def __init__(self, where: Pattern, shape: Shape, shift: int | None, options: Options, device: str) -> None:
         self.shape, self.shift, self.device = shape, shift, torch.device(device)
         self.narrow = self.device.type != "cpu"
-        self.condition: Condition = condition(where, shape, shift)
+        self.condition: Condition = condition(where, shape, shift).to(self.device)
         self.like = structure(self.condition.module, options)
         self.table: DeviceTable | None = None
-        self.rows: tuple[Tensor, ...] = ()
-        self.columns: tuple[Tensor, ...] = ()
+        self.tabulate = PerShape(arriving_tables, "block tables")
+        self.rows: Tables = ()
+        self.columns: Tables = ()
         self.static: list[Tensor] = []
         if where.operands or shift is None:
-            self.table = DeviceTable(where, shape, options.tile, q_offset=shift is None)
+            self.table = DeviceTable(where, shape, options.tile, q_offset=shift is None).to(self.device)
             return
         grid = Grid(shift or 0, shape.seq_len, 0, shape.kv_len, options.tile)
         lists = block_lists(block_table(where, shape, options.tile, grid=grid), self.device)
-        self.rows = self._sized(lists.rows, grid.columns)
-        self.columns = self._sized(lists.columns, grid.rows) if self.narrow else ()
+        self.rows = _sized(_plain(lists.rows), grid.columns, self.narrow)
+        self.columns = _sized(_plain(lists.columns), grid.rows, self.narrow) if self.narrow else ()
         self.static = self.condition.captures({}, 1, shape.kv_len, self.device)
 
-    def _sized(self, found: Lists, most: int) -> tuple[Tensor, ...]:
-        """Return counts and indices whose width is one of few, so that plans of like width share a graph."""
-        width = max(found.partial_index.shape[-1], found.full_index.shape[-1])
-        wide = min(most, 1 << (width - 1).bit_length()) if self.narrow else most
-        pad = torch.nn.functional.pad
-        partial, full = (pad(x, (0, wide - x.shape[-1]))[..., :wide] for x in (found.partial_index, found.full_index))
-        return found.partial_count, partial, found.full_count, full
+    def tables(self, operands: Mapping[str, Any], batch: int) -> tuple[Tables, Tables, list[Tensor]]:
+        """Return the index lists by rows, by columns where there is a backward, and captures, for one call's operands.
 
-    def tables(self, operands: Mapping[str, Any]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return the index lists by rows, and by columns where there is a backward, for the operands of one call."""
+        On a GPU what makes them is compiled, too: it is many small steps, which would take as long as some attention.
+        Sizes that differ between calls, as the number of documents, are gone before that.
+        """
         if self.table is None:
-            return self.rows, self.columns
-        given = {n: x if isinstance(x, Tensor) else torch.tensor(x, device=self.device) for n, x in operands.items()}
-        found = self.table({n: x.to(self.device) for n, x in given.items()})
-        by_rows = Lists(found.partial_count, found.partial_columns, found.full_count, found.full_columns)
-        grid = self.table.grid
-        rows = self._sized(by_rows, grid.columns)
-        columns = self._sized(_transposed(by_rows, grid.columns), grid.rows) if self.narrow else ()
-        return rows, columns
+            return self.rows, self.columns, self.static
+        with torch.no_grad():
+            found = runtime_tables(operands, self.shape.kv_len)
+            first = position(operands["q_offset"], self.device).reshape(-1) if self.shift is None else None
+            names, values = tuple(found), tuple(found.values())
+            key = None if first is None else layout(first), *map(layout, values)
+            make = (values, names, first, self.table, self.narrow)
+            rows, columns = self.tabulate(key, *make) if self.narrow else arriving_tables(*make)
+            captures = self.condition.arriving(found, first, batch)
+        return rows, columns, [*self.condition.constants, *captures]
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Return (output, LSE if asked for), compiled for the structure that this attend shares."""
         check_precision(q)
-        rows, columns = self.tables(operands)
-        captures = self.static or self.condition.captures(operands, q.shape[0], k.shape[2], q.device)
-        biases = pointwise(self.like.options.biases, operands, self.shift, q)
+        rows, columns, captures = self.tables(operands, q.shape[0])
+        biases = self._biases(operands, q)
         shapes = (x.shape for x in (*rows, *columns, *captures, *biases))
         key = (return_lse, len(columns), *shapes, *(x.requires_grad for x in biases))
         found: tuple[Tensor, Tensor | None] = self.like.compiled(
@@ -199,11 +200,16 @@ class FlexAttend:
         )
         return found
 
+    def _biases(self, operands: Mapping[str, Any], q: Tensor) -> tuple[Tensor, ...]:
+        names = self.like.options.biases
+        made = pointwise(names, operands, self.shift, q)
+        return spread(names, made, q.shape[2]) if self.narrow else made
+
     def traced(
         self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Return :func:`run` for a plan whose tables are static, as a traced program takes it up."""
-        biases = pointwise(self.like.options.biases, operands, self.shift, q)
+        biases = self._biases(operands, q)
         return run(q, k, v, self.rows, self.columns, self.static, biases, self.like, return_lse)
 
 
@@ -216,12 +222,24 @@ def check_precision(q: Tensor) -> None:
         )
 
 
-def _transposed(found: Lists, columns: int) -> Lists:
-    """Return the lists by tile columns, on the device and without synchronisation."""
-    states = found.states(columns).transpose(-1, -2)
-    made: list[Tensor] = []
-    for state in (1, 2):
-        kept = states == state
-        order = torch.argsort((~kept).to(torch.int8), dim=-1, stable=True)
-        made += [kept.sum(-1, dtype=torch.int32), order.to(torch.int32)]
-    return Lists(*made)
+def arriving_tables(
+    values: Sequence[Tensor], names: Sequence[str], first_row: Tensor | None, table: DeviceTable, narrow: bool
+) -> tuple[Tables, Tables]:
+    """Return the index lists by rows and by columns for the named tables of one call: nothing is read back."""
+    found, grid = table.judged(dict(zip(names, values, strict=True)), first_row), table.grid
+    columns = _sized(found.by_columns(grid.columns), grid.rows, narrow) if narrow else ()
+    return _sized(found, grid.columns, narrow), columns
+
+
+def _sized(found: Tables, most: int, narrow: bool) -> Tables:
+    """Return counts and indices whose width is one of few, so that plans of like width share a graph."""
+    partial_count, partial, full_count, full = found
+    width = max(partial.shape[-1], full.shape[-1])
+    wide = min(most, 1 << (width - 1).bit_length()) if narrow else most
+    pad = torch.nn.functional.pad
+    partial, full = (pad(x, (0, wide - x.shape[-1]))[..., :wide] for x in (partial, full))
+    return partial_count, partial, full_count, full
+
+
+def _plain(lists: Lists) -> Tables:
+    return lists.partial_count, lists.partial_index, lists.full_count, lists.full_index

@@ -57,6 +57,7 @@ class MaskBuilder(torch.nn.Module):
         self.partial = partial
         self._constant = not where.operands and shift is not None
         self._kept: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+        self._static: OrderedDict[tuple[object, ...], dict[str, Table]] = OrderedDict()
 
     def forward(self, operands: Mapping[str, Tensor], q: Tensor, k: Tensor) -> Tensor:
         """Return the mask for the call's whole q and k, ``[B, H, S, D]`` and ``[B, H_kv, C, D]``."""
@@ -87,12 +88,25 @@ class MaskBuilder(torch.nn.Module):
         if self.shift is None:
             offset = operands["q_offset"]
             shift = offset.reshape(()) if isinstance(offset, Tensor) else offset
-        tables = {name: Table(torch.as_tensor(t, device=device)) for name, t in self.where.tables(shape).items()}
-        tables |= {name: Table(t) for name, t in runtime_tables(operands, shape.kv_len).items()}
+        tables = {name: Table(t) for name, t in runtime_tables(operands, shape.kv_len).items()}
+        tables = self._static_tables(shape, device) | tables
         mask: Tensor = self.where.pairs(tables, heads, query + shift, key)
         while mask.dim() > query.dim():  # a table puts its batch in front of the axes, whose own batch has size 1
             mask = mask.squeeze(1)
         return mask
+
+    def _static_tables(self, shape: Shape, device: torch.device) -> dict[str, Table]:
+        """Return what the pattern looks up, made once: a copy from the host fails where a CUDA graph is captured."""
+        key = (device, shape)
+        kept = self._static.get(key)
+        if kept is None:
+            made = {name: Table(torch.as_tensor(t, device=device)) for name, t in self.where.tables(shape).items()}
+            if self._constant:  # the mask itself is kept
+                return made
+            kept = self._static[key] = made
+            if len(self._static) > _KEPT_MASKS:
+                self._static.popitem(last=False)
+        return kept
 
 
 class FollowingCondition(torch.nn.Module):

@@ -24,6 +24,19 @@ def learned(operands: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(n for n in LEARNED if isinstance(x := operands.get(n), Tensor) and x.requires_grad)
 
 
+def position(value: Any, device: torch.device) -> Tensor:
+    """Return a position, an int or an int tensor, on a device: numbers are filled in there, and not copied from here.
+
+    A copy from memory that is not pinned fails where a CUDA graph is captured. A tensor without dimensions on the CPU
+    is a number, too.
+    """
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=torch.int64, device=device)
+    if value.device.type == "cpu" and device.type != "cpu" and value.dim() == 0:
+        return torch.full((), int(value), dtype=value.dtype, device=device)
+    return value.to(device)
+
+
 class BiasBuilder(torch.nn.Module):
     """Builds what is added to the scores of one attend, ``[B or 1, *axes, R, C]`` with sizes of 1 where it broadcasts.
 
@@ -87,7 +100,7 @@ class BiasBuilder(torch.nn.Module):
         head = head + operands.get(ORIGIN, (0, 0, 0))[1]
         shift: Any = k.shape[2] - q.shape[2] if self.follow else self.shift
         if self.shift is None:
-            shift = torch.as_tensor(operands["q_offset"], device=q.device).reshape(-1, *(1,) * (query.dim() - 1))
+            shift = position(operands["q_offset"], q.device).reshape(-1, *(1,) * (query.dim() - 1))
         slopes: Tensor = operands["alibi_slopes"]
         each = slopes.reshape(-1, slopes.shape[-1])[:, head[0]]
         distance: Tensor = (query + shift - key).abs()
@@ -122,7 +135,32 @@ def pointwise(names: Sequence[str], operands: Mapping[str, Any], shift: int | No
             made.append(given if given.dim() == 4 else given.unsqueeze(0))
             continue
         first = shift if shift is not None else operands["q_offset"]
-        made += [given.reshape(-1, given.shape[-1]), torch.as_tensor(first, device=q.device).reshape(-1)]
+        made += [given.reshape(-1, given.shape[-1]), position(first, q.device).reshape(-1)]
+    return tuple(made)
+
+
+def spread(names: Sequence[str], tensors: Sequence[Tensor], rows: int) -> tuple[Tensor, ...]:
+    """Return the tensors of :func:`pointwise` with a row for each query where they need gradients and have neither.
+
+    A kernel adds the gradients of a tile at the places that the tensor was read at. Inductor cannot write down places
+    that are the same for a whole tile, and all tiles of a head would wait for one number. The sum over rows is left to
+    autograd, in float32.
+
+    Examples
+    --------
+    >>> slopes, first = torch.zeros(1, 2, dtype=torch.bfloat16, requires_grad=True), torch.zeros(1)
+    >>> spread(["alibi_slopes"], (slopes, first), 5)[0].shape
+    torch.Size([1, 2, 5])
+    """
+    made, rest = [], list(tensors)
+    for name in names:
+        data = rest.pop(0)
+        if data.requires_grad and torch.is_grad_enabled():
+            if name == "bias" and data.shape[2] == data.shape[3] == 1:
+                data = data.float().expand(-1, -1, rows, -1)
+            elif name != "bias":
+                data = data.float().unsqueeze(-1).expand(-1, -1, rows)
+        made += [data] if name == "bias" else [data, rest.pop(0)]
     return tuple(made)
 
 
@@ -134,14 +172,19 @@ def biased(
     for name in names:
         data = rest.pop(0)
         if name == "bias":
-            # Kernels ask about the rows that fill the last tile too.
+            # Kernels ask about the rows that fill the last tile too. One place at least is not the same in all of it.
             places = (b, h, row.clamp(max=data.shape[2] - 1), key.clamp(max=data.shape[3] - 1))
-            index = [x if size > 1 else torch.zeros_like(x) for x, size in zip(places, data.shape, strict=True)]
+            differs = [n > 1 for n in data.shape]
+            differs[2] |= not differs[3]
+            index = [x if own else torch.zeros_like(x) for x, own in zip(places, differs, strict=True)]
             score = score + data[index[0], index[1], index[2], index[3]]
             continue
         first = rest.pop(0)
         ahead = row + first[b if first.shape[0] > 1 else torch.zeros_like(b)] - key
-        score = score - data[b if data.shape[0] > 1 else torch.zeros_like(b), h] * ahead.abs()
+        batch = b if data.shape[0] > 1 else torch.zeros_like(b)
+        # With a row for each query, as :func:`spread` has made it.
+        slope = data[batch, h] if data.dim() == 2 else data[batch, h, row.clamp(max=data.shape[2] - 1)]
+        score = score - slope * ahead.abs()
     return score
 
 
