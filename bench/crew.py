@@ -1,8 +1,9 @@
 """Several processes that measure a grid on one device: they compile at once, and race one at a time.
 
-Nearly all the time of a grid is spent in first calls, where kernels are compiled and libraries choose among theirs;
-that is work of the host. So each process plans a spec and checks its contestants beside the others. A race starts when
-no other process uses the device, and no other uses it until the race is over.
+Nearly all the time of a grid is spent in first calls, where kernels are compiled and libraries choose among theirs. So
+each process plans a spec and checks its contestants beside the others. While one races, none of the others uses the
+device, though their compilers go on. Races come in batches: the gate stays open until a few processes are ready or
+one has waited, then closes; each process stops before its next first call, and those that are ready race in turn.
 """
 
 from __future__ import annotations
@@ -15,24 +16,36 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import TextIO
 
 import attrs
 
 from bench.grid import Case
-from bench.measuring import PHASES, PREPARATION, RACE, Job, Row, Rules, measure
+from bench.link import Link
+from bench.measuring import PHASES, RACE, Job, Row, Rules, measure
+from bench.workers import start
 
 PATIENCE = {"starting": 120.0, "planning": 60.0, RACE: 25.0}
 """Seconds after which a process counts as hung, by what it does."""
-PATIENCE_FOR_ONE = 60.0
-"""Seconds that one contestant may take to compile and be checked."""
-RESERVE = 8.0
+PATIENCE_FOR_ONE = 40.0
+"""Seconds that a contestant may be on the device without a break."""
+PATIENCE_FOR_COMPILERS = 90.0
+LAST = 12.0
 """Seconds before the end from which no further spec is started."""
+RESERVE = 8.0
+"""Seconds before the end from which no further contestant is: those that are ready race then."""
 DEATHS = 20
 """Processes that may die before a run is given up."""
-BUDGET_BYTES = 0.75
-"""Share of the device's memory that specs which are checked at once may need."""
+BUDGET_BYTES = 0.7
+"""Share of the device's memory that first calls which run at once may need; contexts and libraries have the rest."""
+ENOUGH = 3
+"""Processes that are ready to race for which the gate closes."""
+LINGER = 1.0
+"""Seconds after which it closes for one."""
+LARGE = 3.0
+"""Seconds after which one for which there is too little memory keeps those behind it from the device."""
 
 
 @attrs.define(eq=False)
@@ -44,10 +57,15 @@ class Worker:
     doing: str = "starting"
     """A contestant's name, one of :data:`PHASES`, ``"starting"``, ``"planning"`` or ``"idle"``."""
     asks: str = ""
-    """The phase that it waits to be let into."""
+    """The phase or contestant for which it waits to be let in."""
+    compiler: str = ""
+    """What keeps it off the device meanwhile."""
     since: float = attrs.field(factory=time.monotonic)
     case: Case | None = None
+    keeps: int = 0
+    """Bytes of the device that it holds where it is not on it."""
     size: int = 0
+    """Bytes that it may need beside them while it is."""
     alone: bool = False
 
     def tell(self, message: Row) -> None:
@@ -56,17 +74,31 @@ class Worker:
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
 
-    def does(self, doing: str) -> None:
-        self.doing, self.since, self.asks = doing, time.monotonic(), ""
-
     @property
     def on_device(self) -> bool:
-        return self.doing not in ("starting", "planning", "idle") and not self.asks
+        return self.doing not in ("starting", "planning", "idle") and not self.asks and not self.compiler
+
+    @property
+    def waited(self) -> float:
+        return time.monotonic() - self.since
 
     @property
     def hung(self) -> bool:
-        limit = float("inf") if self.asks or self.doing == "idle" else PATIENCE.get(self.doing, PATIENCE_FOR_ONE)
-        return time.monotonic() - self.since > limit
+        if self.asks or self.doing == "idle":
+            return False
+        limit = PATIENCE_FOR_COMPILERS if self.compiler else PATIENCE.get(self.doing, PATIENCE_FOR_ONE)
+        return self.waited > limit
+
+    @property
+    def label(self) -> str:
+        """What its time is spent on, in a word."""
+        if self.asks:
+            return "waiting for a race" if self.asks == RACE else "waiting for the device"
+        if self.compiler:
+            return f"compiling: {self.compiler}"
+        if self.doing in (*PHASES, "starting", "planning", "idle"):
+            return self.doing
+        return f"first call: {self.doing.rpartition(' > ')[2]}"
 
 
 class Crew:
@@ -75,45 +107,46 @@ class Crew:
     Parameters
     ----------
     command
-        What starts a worker: it runs :func:`work` on its standard input and output.
+        What starts another worker: it runs :func:`work` on its standard input and output.
     cases
         What is left to measure.
-    count
-        Number of processes.
     until
         When to stop, by :func:`time.time`.
-    memory
-        Bytes of the device.
     known
         Digests of the graphs that were measured earlier, by candidate, by spec.
     done
         Called with a spec and its rows when it is measured; with None for rows that are up to date.
-    start
-        Called with what the first worker says about itself.
+    begin
+        Called with what each worker says about itself.
+    started
+        The first workers.
     """
 
     def __init__(
         self,
         command: list[str],
         cases: list[Case],
-        count: int,
         until: float,
-        memory: int,
         known: Mapping[str, Mapping[str, str]],
         done: Callable[[Case, list[Row] | None], None],
-        start: Callable[[Row], None],
+        begin: Callable[[Row], None],
+        started: list[subprocess.Popen[str]],
     ) -> None:
-        self.command, self.until, self.memory = command, until, memory
+        self.command, self.until, self.memory = command, until, 0
         self.waiting, self.alone = list(cases), list[Case]()
-        self.known, self.done, self.start = known, done, start
+        self.known, self.done, self.begin = known, done, begin
         self.broken: dict[str, list[Row]] = {}
         self.events: queue.Queue[tuple[Worker, Row]] = queue.Queue()
         self.workers: list[Worker] = []
+        self.spent: Counter[str] = Counter()
+        """Seconds of all processes, by what they were spent on."""
+        self.raced: list[tuple[float, float]] = []
+        """When races began and ended, by :func:`time.monotonic`."""
         self.deaths = 0
-        self.gathering = True
-        """Whether specs may be checked; else those that are checked are raced first."""
-        for number in range(max(1, min(count, len(cases)))):
-            self._hire(number)
+        self.open = True
+        """Whether first calls may use the device; else those that are ready race first."""
+        for number, process in enumerate(started):
+            self._hire(number, process)
 
     @property
     def left(self) -> float:
@@ -122,13 +155,14 @@ class Crew:
     def run(self) -> None:
         """Measure until everything is measured, or the time is over."""
         try:
-            while self.workers and self.left > 0 and (self._busy() or (self._more() and self.left > RESERVE)):
+            while self.workers and self.left > 0 and (self._busy() or (self._more() and self.left > LAST)):
                 with contextlib.suppress(queue.Empty):
-                    self._heard(*self.events.get(timeout=0.2))
+                    self._heard(*self.events.get(timeout=0.05))
                 for worker in [w for w in self.workers if w.hung]:
                     self._lost(worker, "hung")
                 self._admit()
         finally:
+            print(self._report(), file=sys.stderr, flush=True)
             for worker in self.workers:
                 _end(worker)
 
@@ -138,11 +172,7 @@ class Crew:
     def _more(self) -> bool:
         return bool(self.waiting or self.alone)
 
-    def _hire(self, number: int) -> None:
-        env = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, bufsize=1
-        )
+    def _hire(self, number: int, process: subprocess.Popen[str]) -> None:
         worker = Worker(number, process)
         self.workers.append(worker)
         threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
@@ -159,28 +189,40 @@ class Crew:
         if "ended" in message:
             self._lost(worker, f"died with code {message['ended']}")
         elif "hello" in message:
-            self.start(message["hello"])
-            worker.does("idle")
+            self.memory = message["memory"]
+            self.begin(message["hello"])
+            self._turn(worker, "idle")
         elif "asks" in message:
-            worker.asks, worker.size = message["asks"], max(worker.size, message["size"])
-        elif "does" in message:
-            worker.does(message["does"])
+            worker.size, worker.keeps = message["size"], message["keeps"]
+            self._turn(worker, worker.doing, asks=message["asks"])
+        elif "leaves" in message:
+            worker.keeps = message["keeps"]
+            self._turn(worker, worker.doing, compiler=message["leaves"])
         elif "rows" in message:
+            worker.keeps = message["keeps"]
             self._finished(worker, message["rows"])
+
+    def _turn(self, worker: Worker, doing: str, *, asks: str = "", compiler: str = "") -> None:
+        """Note what a worker does from now on."""
+        now = time.monotonic()
+        self.spent[worker.label] += now - worker.since
+        if worker.doing == RACE and not worker.asks:
+            self.raced.append((worker.since, now))
+        worker.doing, worker.asks, worker.compiler, worker.since = doing, asks, compiler, now
 
     def _finished(self, worker: Worker, rows: list[Row] | None) -> None:
         case, alone = worker.case, worker.alone
         assert case is not None
-        worker.case, worker.size = None, 0
-        worker.does("idle")
+        worker.case = None
+        self._turn(worker, "idle")
         if rows is not None and not alone and any("OutOfMemory" in r.get("failed", "") for r in rows):
             self.alone.append(case)  # others had the memory; it is measured again when they are done
-            return
-        self.done(case, None if rows is None else [*self.broken.pop(case.name, []), *rows])
+        self.done(case, None if rows is None else [*self.broken.get(case.name, []), *rows])
 
     def _lost(self, worker: Worker, how: str) -> None:
         """Replace a process, and measure its spec anew without the contestant that it was lost in."""
         case, doing = worker.case, worker.doing
+        self._turn(worker, "idle")
         _end(worker)
         self.workers.remove(worker)
         self.deaths += 1
@@ -190,44 +232,51 @@ class Crew:
             facts = {"spec": case.name, "family": case.family, "mode": mode}
             row = {**facts, "candidate": doing, "failed": f"ended the process: {how}"}
             if doing in PHASES or doing == "planning":
-                self.done(case, [*self.broken.pop(case.name, []), row])
+                self.done(case, [*self.broken.get(case.name, []), row])
             else:
                 self.broken.setdefault(case.name, []).append(row)
                 (self.alone if worker.alone else self.waiting).insert(0, case)
         if self.deaths <= DEATHS:
-            self._hire(worker.number)
+            self._hire(worker.number, start(self.command))
 
     def _admit(self) -> None:
         self._hand_out()
-        if any(w.doing == RACE for w in self.workers):
+        if any(w.doing == RACE and not w.asks for w in self.workers):
             return
-        ready = [w for w in self.workers if w.asks == RACE]
-        coming = any(w.doing == "planning" and not w.asks for w in self.workers)
+        ready = sorted((w for w in self.workers if w.asks == RACE), key=lambda w: w.since)
         if not ready:
-            self.gathering = True
-        elif 2 * len(ready) >= len(self.workers):
-            self.gathering = False
-        if self.gathering:
-            for worker in [w for w in self.workers if w.asks == PREPARATION]:
-                taken = sum(w.size for w in self.workers if w.on_device or w.asks == RACE)
-                if taken == 0 or taken + worker.size <= BUDGET_BYTES * self.memory:
-                    self._let(worker)
-        if ready and not any(w.on_device for w in self.workers) and not (self.gathering and coming):
-            self.gathering = False
+            self.open = True
+        elif len(ready) >= ENOUGH or ready[0].waited >= LINGER:
+            self.open = False
+        if self.open:
+            self._let_in()
+        if ready and not any(w.on_device for w in self.workers):
+            self.open = False
             self._let(ready[0])
 
+    def _let_in(self) -> None:
+        """Let first calls begin in the order in which they were asked for, while there is memory."""
+        taken = sum(w.keeps + w.size * w.on_device for w in self.workers)
+        for worker in sorted((w for w in self.workers if w.asks and w.asks != RACE), key=lambda w: w.since):
+            if taken + worker.size <= BUDGET_BYTES * self.memory or not any(w.on_device for w in self.workers):
+                self._let(worker)
+                taken += worker.size
+            elif worker.waited > LARGE:
+                return
+
     def _let(self, worker: Worker) -> None:
-        worker.does(worker.asks)
+        self._turn(worker, worker.asks)
         worker.tell({"go": True})
 
     def _hand_out(self) -> None:
         for worker in self.workers:
-            if worker.doing != "idle" or self.left < RESERVE:
+            if worker.doing != "idle" or self.left < LAST:
                 continue
             if self.waiting:
                 self._give(worker, self.waiting.pop(0), alone=False)
             elif self.alone and all(w.doing in ("idle", "starting") for w in self.workers):
                 for other in [w for w in self.workers if w is not worker]:  # their memory is wanted
+                    self._turn(other, "idle")
                     _end(other)
                 self.workers = [worker]
                 self._give(worker, self.alone.pop(0), alone=True)
@@ -235,11 +284,27 @@ class Crew:
 
     def _give(self, worker: Worker, case: Case, *, alone: bool) -> None:
         worker.case, worker.alone = case, alone
-        worker.does("planning")
+        self._turn(worker, "planning")
         broken = [r["candidate"] for r in self.broken.get(case.name, [])]
         known = dict(self.known.get(case.name, {}))
-        job = {"spec": case.name, "left": self.left - 2, "broken": broken, "known": known, "alone": alone}
+        job = {"spec": case.name, "left": self.left - RESERVE, "broken": broken, "known": known, "alone": alone}
         worker.tell(job)
+
+    def _report(self) -> str:
+        """Say what the time was spent on, and what each worker does now."""
+        spent = self.spent.copy()
+        lines = []
+        for worker in self.workers:
+            spent[worker.label] += worker.waited
+            of = f" ({worker.asks or worker.doing})" if worker.case else ""
+            spec = f", {worker.case.name}" if worker.case else ""
+            lines.append(f"  process {worker.number}: {worker.label} for {worker.waited:.1f} s{of}{spec}")
+        racing = sum(end - begin for begin, end in self.raced)
+        since = time.monotonic() - self.raced[0][0] if self.raced else 0.0
+        share = f"{len(self.raced)} races, {racing:.0f} s of the {since:.0f} s since the first began"
+        sums = [f"  {seconds:7.1f}  {label}" for label, seconds in spent.most_common() if seconds >= 0.05]
+        title = "seconds of all processes, by what they were spent on:"
+        return "\n".join([share, title, *sums, "at the end:", *lines])
 
 
 def _end(worker: Worker) -> None:
@@ -261,51 +326,36 @@ def work(rules: Rules, cases: Mapping[str, Case], about: Row, given: TextIO, sai
     given, said
         Where messages come from and go to.
     """
-
-    def say(message: Row) -> None:
-        said.write(json.dumps(message) + "\n")
-        said.flush()
-
-    def gate(name: str, size: int) -> None:
-        if name in PHASES:
-            _settle(rules)
-            say({"asks": name, "size": size})
-            if not given.readline():
-                raise SystemExit("nobody asks any more")
-        else:
-            say({"does": name})
-
-    say({"hello": about})
-    for message in _messages(given):
+    link = Link(given, said, lambda: _settle(rules))
+    link.say({"hello": about, "memory": rules.target.device.memory})
+    for message in link.jobs():
         case = cases[message["spec"]]
+        if rules.may_compile:
+            import torch._dynamo  # noqa: F401  # its compilations are watched from the first on
         job = Job(case, message["left"], frozenset(message["broken"]), message["known"], message["alone"])
-        say({"rows": _rows(job, rules, gate)})
-        _settle(rules)
+        link.finish(_rows(job, rules, link))
 
 
-def _messages(given: TextIO) -> Iterator[Row]:
-    while line := given.readline():
-        yield json.loads(line)
-
-
-def _rows(job: Job, rules: Rules, gate: Callable[[str, int], None]) -> list[Row] | None:
-    from attnplan.harness.entrants import PoisonedError
+def _rows(job: Job, rules: Rules, link: Link) -> list[Row] | None:
+    from attnplan.harness.entrants import PoisonedError, poisons
 
     try:
-        return measure(job, rules, gate)
-    except PoisonedError as error:  # the next process starts without the contestant
-        print(f"{job.case.name}: {error}", file=sys.stderr, flush=True)
-        os._exit(70)
+        return measure(job, rules, link.gate, link.clock)
     except Exception as error:  # one spec that fails must not cost the others
+        if isinstance(error, PoisonedError) or poisons(error):  # the next process starts without the contestant
+            print(f"{job.case.name}: {error}", file=sys.stderr, flush=True)
+            os._exit(70)
         mode = "training" if job.case.spec.training else "forward"
         facts = {"spec": job.case.name, "family": job.case.family, "mode": mode}
         return [{**facts, "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}]
 
 
-def _settle(rules: Rules) -> None:
-    """Leave the device to others: nothing runs, and no memory is kept beside what is in use."""
+def _settle(rules: Rules) -> int:
+    """Leave the device to others, with all memory that is not in use, and return the bytes that are."""
+    if rules.target.device.kind != "cuda":
+        return 0
     import torch
 
-    if rules.target.device.kind == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()

@@ -247,3 +247,24 @@ GRIDS = {"gpu": gpu, "cpu": cpu, "tiny": tiny}
 def counts(cases: list[Case]) -> Iterator[tuple[str, int]]:
     for family in FAMILIES:
         yield family, sum(c.family == family for c in cases)
+
+
+def later_flex(cases: Iterable[Case], first: int = 24, between: int = 2) -> list[Case]:
+    """Return cases in an order for several processes: FlexAttention, whose compilations take long, comes later.
+
+    Parameters
+    ----------
+    cases
+        As a grid returns them.
+    first
+        Number of others with which a run begins.
+    between
+        Number of others after each one with FlexAttention from there on.
+    """
+    cases = list(cases)
+    slow, others = [c for c in cases if c.flex], [c for c in cases if not c.flex]
+    order, rest = others[:first], others[first:]
+    while slow:
+        order += [slow.pop(0), *rest[:between]]
+        rest = rest[between:]
+    return order + rest

@@ -11,19 +11,21 @@ import attrs
 from attnplan.backends.base import import_failure
 from attnplan.cost import Target
 from attnplan.cost.rules import ITEM_BYTES
-from attnplan.harness.entrants import Asked, Contestant, contest, contestants
-from attnplan.harness.peers import contestants_by_hand
+from attnplan.harness.entrants import Asked, contest, contestants
+from attnplan.harness.peers import BLOCK_MASK_ELEMENTS, MASK_ELEMENTS, contestants_by_hand
 from attnplan.runtime.clock import Plenty
 from attnplan.search import lowerings_clear
 from bench.grid import Case
 
-FLEX_COST = 15.0
+FLEX_COST = 25.0
 """Seconds that a FlexAttention plan may take to compile, at worst: none is started with less time left."""
 PREPARATION, RACE = "its preparation", "the race"
 PHASES = (PREPARATION, RACE)
 """What may hang that is no contestant; the spec is left out then."""
-MASKS = 8 << 30
-"""Bytes that a dense mask, or the one from which FlexAttention's is made, may need for a moment on a GPU."""
+MASK_BYTES = {"sdpa": 8, "flex": 16}
+"""Bytes for each pair of a query and a key that a dense mask, or that of which FlexAttention's is made, may need."""
+BY_HAND_BYTES = 2 << 30
+"""Bytes that a call by hand may need."""
 Row = dict[str, Any]
 
 
@@ -36,6 +38,11 @@ class Rules:
     """Whether it is the grid for a GPU: more candidates, and FlexAttention."""
     backends: frozenset[str] = frozenset()
     peers: frozenset[str] = frozenset()
+
+    @property
+    def may_compile(self) -> bool:
+        """Whether there may be programs that Inductor compiles."""
+        return not self.backends or "compiled" in self.backends or "flex" in self.peers
 
     @classmethod
     def of(cls, target: Target, backends: str, peers: str, *, gpu: bool) -> Rules:
@@ -65,7 +72,12 @@ Gate = Callable[[str, int], None]
 """Called with the name of what comes next, and the bytes it may need; returns when it may start."""
 
 
-def measure(job: Job, rules: Rules, gate: Gate = lambda name, size: None) -> list[Row] | None:
+def measure(
+    job: Job,
+    rules: Rules,
+    gate: Gate = lambda name, size: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Row] | None:
     """Return the rows of a spec; None if everything that would be measured is known already.
 
     Parameters
@@ -75,6 +87,8 @@ def measure(job: Job, rules: Rules, gate: Gate = lambda name, size: None) -> lis
     gate
         Called with :data:`PREPARATION` before anything runs on the device, with each contestant's name before its
         first call, and with :data:`RACE` before contestants take turns.
+    clock
+        By which first calls are timed; it stands still while the gate is closed.
 
     Raises
     ------
@@ -83,14 +97,18 @@ def measure(job: Job, rules: Rules, gate: Gate = lambda name, size: None) -> lis
     """
     case = job.case
     facts = {"spec": case.name, "family": case.family, "mode": "training" if case.spec.training else "forward"}
-    asked = _asked(job, rules, gate)
+    sizes: dict[str, int] = {}
+    watch = lambda name: gate(name, sizes.get(name, BY_HAND_BYTES))  # noqa: E731
+    asked = attrs.evolve(_asked(job, rules), watch=watch, clock=clock)
     start = time.perf_counter()
     entrants, rows = contestants(case.spec, rules.target, asked)
     if job.known and all(job.known.get(e.name) == e.facts["graph"] for e in entrants):
         return None
     refused = sum("refused" in r for r in rows)
     rows.append({"planning": time.perf_counter() - start, "refused_candidates": refused})
-    gate(PREPARATION, _bytes(job, entrants, rules))
+    sizes |= {e.name: e.facts["predicted_peak"] for e in entrants}
+    sizes[RACE] = max(sizes.values(), default=0)
+    gate(PREPARATION, _bytes_of_inputs(job, rules))
     hand, others = contestants_by_hand(case.spec, str(rules.target.torch_device), _hands(job, rules))
     lowerings_clear()
     taking_part = [e for e in (*entrants, *hand) if e.name not in job.broken]
@@ -99,10 +117,10 @@ def measure(job: Job, rules: Rules, gate: Gate = lambda name, size: None) -> lis
     return [{**facts, **row} for row in rows if "refused" not in row]
 
 
-def _asked(job: Job, rules: Rules, gate: Gate) -> Asked:
+def _asked(job: Job, rules: Rules) -> Asked:
     without = {("reference", "float64")}
     if not rules.gpu or not job.case.flex or job.left < FLEX_COST:
-        without |= {("compiled", "flex"), ("compiled", "inductor")}
+        without |= {("compiled", name) for name in ("flex", "inductor", "inductor-kept")}
     on_cpu = Plenty(warm_ups=1, rounds=6, seconds=0.3, slow=0.7)
     plenty = Plenty(rounds=8, seconds=0.05) if rules.gpu else on_cpu
     return Asked(
@@ -111,8 +129,8 @@ def _asked(job: Job, rules: Rules, gate: Gate) -> Asked:
         without=frozenset(without),
         memory=int(rules.target.device.memory * 0.4),
         hopeless=12.0 if rules.gpu else 8.0,
+        least=4,
         until=time.monotonic() + job.left,
-        watch=lambda name: gate(name, 0),
     )
 
 
@@ -124,10 +142,21 @@ def _hands(job: Job, rules: Rules) -> frozenset[str]:
     return frozenset(wanted)
 
 
-def _bytes(job: Job, entrants: list[Contestant], rules: Rules) -> int:
-    """Return the bytes that checking a spec may need: its inputs, their copies in float64, and the largest plan."""
+def _bytes_of_inputs(job: Job, rules: Rules) -> int:
+    """Return the bytes that preparing a spec may need: its inputs, their copies in float64, and a mask by hand."""
     spec = job.case.spec
     rows = spec.heads * spec.shape.seq_len + 2 * spec.kv_heads * spec.shape.kv_len
     inputs = spec.batch * rows * spec.head_dim * (4 * ITEM_BYTES[spec.dtype] + 16 * (1 + spec.training))
-    largest = max((e.facts["predicted_peak"] for e in entrants), default=0)
-    return int(inputs + max(largest, MASKS if _hands(job, rules) & {"sdpa", "flex"} and job.case.sparse else 0))
+    return inputs + _mask_bytes(job, rules)
+
+
+def _mask_bytes(job: Job, rules: Rules) -> int:
+    pairs = job.case.spec.shape.seq_len * job.case.spec.shape.kv_len
+    limits = {"sdpa": MASK_ELEMENTS, "flex": BLOCK_MASK_ELEMENTS}
+    asked = _hands(job, rules) if job.case.sparse else frozenset[str]()
+    needed = [
+        pairs * each
+        for name, each in MASK_BYTES.items()
+        if name in asked and pairs <= limits[name][rules.target.device.kind]
+    ]
+    return max(needed, default=0)

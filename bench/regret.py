@@ -1,31 +1,43 @@
 """How often, and by how much, the planner's choice loses to the best of everything that was measured.
 
-    python -m bench.regret --measure --gpu --json bench/results/regret-h100-xformers.json --budget 280
-    python -m bench.regret --measure --gpu --json bench/results/regret-h100-fa4.json --budget 280 \\
+    python -m bench.regret --measure --gpu --json bench/results/regret-h100-xformers.json --budget 250 \\
+        --peers sdpa,cudnn,flex
+    python -m bench.regret --measure --gpu --json bench/results/regret-h100-fa4.json --budget 200 \\
         --backends flash --peers fa4,cudnn
     python -m bench.regret --measure --cpu --json bench/results/regret-cpu-2core.json --budget 840 --peers sdpa
     python -m bench.regret --judge bench/results/regret-h100-*.json --seed 1 --seed 2 --seed 3
     python -m bench.regret --ship bench/results/regret-h100-*.json
 
 ``--measure`` runs the grid of :mod:`bench.grid`: every candidate that accepts a spec, and calls by hand, take turns. On
-a GPU several processes compile and check at once, and race one at a time (:mod:`bench.crew`). Rows are written after
-each spec; with ``--resume`` those stay whose graphs are the same. ``--judge`` fits the cost model to half of the rows,
-by the seed, and judges it on the other half; ``--ship`` fits it to all of them, for the package.
+a GPU several processes compile and check at once, and race one at a time (:mod:`bench.crew`); at the end, or at
+SIGTERM, the standard error says what their time was spent on. Rows are written after each spec; with ``--resume`` those
+stay whose graphs are the same. ``--judge`` fits the cost model to half of the rows, by the seed, and judges it on the
+other half; ``--ship`` fits it to all of them, for the package.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
+import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from bench import crew
-from bench.grid import GRIDS, Case
-from bench.measuring import Job, Row, Rules, measure
+from bench.workers import start  # what imports torch is imported in functions: workers start before it is
 
+if TYPE_CHECKING:
+    from bench.grid import Case
+    from bench.measuring import Rules
+
+BEGAN = time.time()
+Row = dict[str, Any]
+WORKERS = 20
+"""Processes on a GPU: nearly half of them wait for their turn."""
 BY_HAND = ("sdpa", "cudnn", "flex", "fa4")
 
 
@@ -46,7 +58,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--backends", default="", help="backends to measure, separated by commas; default: all")
     parser.add_argument("--peers", default=",".join(BY_HAND), help="calls by hand, separated by commas")
     parser.add_argument("--only", default="", help="measure the specs whose names hold this")
-    parser.add_argument("--workers", type=int, help="processes; by default 12 on a GPU, and this one on a CPU")
+    parser.add_argument("--workers", type=int, help=f"processes; by default {WORKERS} on a GPU, and this one on a CPU")
     parser.add_argument("--seed", type=int, action="append", help="for --judge; give it several times")
     parser.add_argument("--leave", default="", help="for --ship: numbers that keep their published value, by commas")
     parser.add_argument("--resume", action="store_true", help="keep what --json says about graphs that are the same")
@@ -66,17 +78,34 @@ def main() -> None:
     elif given.worker:
         worker(given)
     else:
-        Measuring(given).run()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the crew says what it did, and ends its workers
+        count = WORKERS if given.workers is None and given.grid == "gpu" else given.workers or 0
+        processes = [start(command_of(given)) for _ in range(count)]
+        try:
+            Measuring(given, processes).run()
+        finally:
+            for process in processes:
+                process.kill()
+
+
+def command_of(given: argparse.Namespace) -> list[str]:
+    """Return what starts a worker."""
+    passed = {"--backends": given.backends, "--peers": given.peers, "--only": given.only}
+    options = [x for name, value in passed.items() for x in (name, value)]
+    return [sys.executable, "-m", "bench.regret", "--worker", f"--{given.grid}", *options]
 
 
 def select(given: argparse.Namespace) -> dict[str, Case]:
+    from bench.grid import GRIDS, later_flex
+
     if given.grid is None:
         raise SystemExit("say --gpu, --cpu or --tiny")
-    return {c.name: c for c in GRIDS[given.grid]() if given.only in c.name}
+    return {c.name: c for c in later_flex(GRIDS[given.grid]()) if given.only in c.name}
 
 
 def rules_of(given: argparse.Namespace) -> Rules:
     from attnplan.cost import resolve
+    from bench.measuring import Rules
 
     gpu = given.grid == "gpu"
     return Rules.of(resolve("cuda" if gpu else "cpu"), given.backends, given.peers, gpu=gpu)
@@ -100,18 +129,22 @@ def same_place(ours: Row, theirs: Row) -> bool:
 
 def worker(given: argparse.Namespace) -> None:
     """Measure what arrives on the standard input; what libraries print goes to the standard error."""
+    from bench import crew
+
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    warnings.filterwarnings("ignore", "Argument aux_data .* cannot be converted to a JitArgument", UserWarning)
     crew.work(rules_of(given), select(given), about_me(), sys.stdin, said)
 
 
 class Measuring:
-    """One run over a grid: in several processes, or in this one."""
+    """One run over a grid: in several processes, which were started before, or in this one."""
 
-    def __init__(self, given: argparse.Namespace) -> None:
+    def __init__(self, given: argparse.Namespace, processes: list[subprocess.Popen[str]] | None = None) -> None:
         from attnplan.harness import read_rows
 
-        self.given, self.started = given, time.time()
+        self.given, self.processes = given, processes or []
+        self.started = BEGAN if self.processes else time.time()
         self.until: float = self.started + given.budget
         self.cases = select(given)
         self.out: Path = given.json or Path(f"regret-{given.grid}.json")
@@ -141,24 +174,23 @@ class Measuring:
     def run(self) -> None:
         """Measure, write what was measured after each spec, and print a table."""
         before = self.head.get("seconds", 0)
-        workers = self.given.workers or (12 if self.given.grid == "gpu" else 0)
-        if workers:
-            self._together(workers)
+        if self.processes:
+            self._together()
         else:
             self._here()
         self.head["seconds"] = before + time.time() - self.started
         self._write()
         print(summary([r for rows in self.rows.values() for r in rows]), flush=True)
 
-    def _together(self, workers: int) -> None:
-        passed = {"--backends": self.given.backends, "--peers": self.given.peers, "--only": self.given.only}
-        options = [x for name, value in passed.items() for x in (name, value)]
-        command = [sys.executable, "-m", "bench.regret", "--worker", f"--{self.given.grid}", *options]
-        memory = rules_of(self.given).target.device.memory
-        found = crew.Crew(command, self._order(), workers, self.until, memory, self.known, self._done, self._here_is)
-        found.run()
+    def _together(self) -> None:
+        from bench import crew
+
+        command, known = command_of(self.given), self.known
+        crew.Crew(command, self._order(), self.until, known, self._done, self._here_is, self.processes).run()
 
     def _here(self) -> None:
+        from bench.measuring import Job, measure
+
         rules = rules_of(self.given)
         self._here_is(about_me())
         for case in self._order():

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import sys
 import time
+import types
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from bench import crew as crews
+from bench.compilers import watch
 from bench.crew import Crew
-from bench.grid import tiny
+from bench.grid import gpu, later_flex, tiny
+from bench.link import Link
 from bench.measuring import PREPARATION, RACE
 from bench.regret import Measuring, same_place
+from bench.workers import start
 
 WORKER = """
 import json, os, sys, time
@@ -23,55 +31,63 @@ def say(message):
     print(json.dumps(message), flush=True)
 
 def ask(phase, size=1):
-    say({{"asks": phase, "size": size}})
+    say({{"asks": phase, "size": size, "keeps": 0}})
     sys.stdin.readline()
 
 def note(what):
     log.write(json.dumps([time.monotonic(), os.getpid(), what]) + "\\n")
     log.flush()
 
-say({{"hello": {{"device": "fake", "versions": {{}}}}}})
+say({{"hello": {{"device": "fake", "versions": {{}}}}, "memory": 100}})
 for line in sys.stdin:
     job = json.loads(line)
     name = job["spec"]
     if job["known"]:
-        say({{"rows": None}})
+        say({{"rows": None, "keeps": 0}})
         continue
     ask({preparation!r}, {size})
     note("checks")
     time.sleep(0.05)
+    note("checked")
     for contestant in ("good", "bad"):
         if contestant in job["broken"]:
             continue
-        say({{"does": contestant}})
+        ask(contestant, {size})
+        note("checks")
         if contestant == "bad" and "window" in name:
             {misbehaves}
-    note("checked")
+        note("checked")
+        say({{"leaves": "a compiler", "keeps": 0}})
+        note("compiles")
+        time.sleep(0.05)
+        note("compiled")
+        ask(contestant, {size})
     ask({race!r})
     note("races")
     time.sleep(0.03)
     note("raced")
     full = "blocks" in name or ("union" in name and not job["alone"])
     failed = {{"failed": "OutOfMemoryError: it is full"}} if full else {{}}
-    say({{"rows": [{{"spec": name, "mode": "forward", "candidate": "good", "alone": job["alone"], **failed}}]}})
+    row = {{"spec": name, "mode": "forward", "candidate": "good", "alone": job["alone"], **failed}}
+    say({{"rows": [row], "keeps": 0}})
 """
 
 
-def run(tmp_path, misbehaves="pass", *, count=3, size="1", until=20.0, known=None, memory=100):
+def run(tmp_path, misbehaves="pass", *, count=3, size="1", until=20.0, known=None):
     log = tmp_path / "log"
     script = tmp_path / "worker.py"
     facts = {"log": str(log), "preparation": PREPARATION, "race": RACE, "misbehaves": misbehaves, "size": size}
     script.write_text(WORKER.format(**facts), encoding="utf-8")
     found = {}
+    command = [sys.executable, str(script)]
     crew = Crew(
-        [sys.executable, str(script)],
+        command,
         tiny(),
-        count,
         time.time() + until,
-        memory,
         known or {},
         lambda case, rows: found.__setitem__(case.name, rows),
         lambda about: None,
+        [start(command) for _ in range(count)],
     )
     crew.run()
     notes = sorted(json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()) if log.exists() else []
@@ -102,6 +118,8 @@ def test_every_spec_is_measured_and_races_have_the_device_to_themselves(tmp_path
         assert not any(overlap(race, other) for other in races[i + 1 :])
         assert not any(overlap(race, check) for check in checks)
     assert any(overlap(a, b) for i, a in enumerate(checks) for b in checks[i + 1 :]), "checks run side by side"
+    compilations = spans(notes, "compiles", "compiled")
+    assert any(overlap(race, one) for race in races for one in compilations), "compilers work while others race"
 
 
 def test_specs_that_need_the_whole_device_are_checked_one_at_a_time(tmp_path):
@@ -142,9 +160,9 @@ def test_a_process_that_hangs_is_ended(tmp_path, monkeypatch):
 
 def test_nothing_is_started_when_the_time_is_over(tmp_path):
     began = time.monotonic()
-    found, _ = run(tmp_path, until=crews.RESERVE / 2)
+    found, _ = run(tmp_path, until=crews.LAST / 8)
     assert found == {}
-    assert time.monotonic() - began < crews.RESERVE
+    assert time.monotonic() - began < crews.LAST
 
 
 def test_what_is_known_stays(tmp_path):
@@ -152,6 +170,165 @@ def test_what_is_known_stays(tmp_path):
     found, _ = run(tmp_path, known={name: {"good": "a digest"}})
     assert found.pop(name) is None
     assert all(found.values())
+
+
+def scaled(monkeypatch, scale):
+    for name in ("LAST", "RESERVE", "LARGE", "LINGER"):
+        monkeypatch.setattr(crews, name, getattr(crews, name) * scale)
+
+
+def realistic(tmp_path, cases, scale):
+    """Return a plan for fake workers: starts of 12 to 20 s, first calls and compilations as on a large GPU."""
+    draw = random.Random(0).uniform
+
+    def steps(i, name, case):
+        times = {
+            "cudnn": [["once", "library", 2.0], ["device", "", draw(0.5, 1.2)]],
+            "fused": [["compile", f"fused{i % 12}", draw(1, 3)], ["device", "", draw(0.05, 0.3)]],
+            "flex": [["compile", f"flex{case.name}".replace("/", ""), draw(5, 15)], ["device", "", draw(0.2, 0.5)]],
+        }
+        return [[what, key, t * scale] for what, key, t in times.get(name, [["device", "", draw(0.05, 0.5)]])]
+
+    specs = {}
+    for i, case in enumerate(cases):
+        names = ["flash", "efficient", "cudnn", "fused", "cutlass"] + ["flex"] * case.flex
+        specs[case.name] = {
+            "planning": draw(0.1, 1) * scale,
+            "preparation": draw(0.05, 0.5) * scale,
+            "preparation bytes": 10,
+            "contestants": [[name, steps(i, name, case)] for name in names],
+            "bytes": dict.fromkeys(names, 20),
+            "race": draw(0.3, 1.5) * scale,
+        }
+    (tmp_path / "cache").mkdir()
+    facts = {"starting": [12 * scale, 20 * scale], "log": str(tmp_path / "log"), "cache": str(tmp_path / "cache")}
+    (tmp_path / "plan.json").write_text(json.dumps({**facts, "specs": specs}), encoding="utf-8")
+
+
+def test_the_device_races_for_most_of_the_time(tmp_path, monkeypatch, capsys):
+    scale, cases = 0.05, later_flex(gpu())
+    scaled(monkeypatch, scale)
+    realistic(tmp_path, cases, scale)
+    command = [sys.executable, str(Path(__file__).with_name("fake_worker.py")), str(tmp_path / "plan.json")]
+    began, found = time.monotonic(), {}
+    Crew(
+        command,
+        cases,
+        time.time() + 100 * scale,
+        {},
+        lambda case, rows: found.setdefault(case.name, (time.monotonic() - began) / scale),
+        lambda about: None,
+        [start(command) for _ in range(12)],
+    ).run()
+    notes = [json.loads(line) for line in (tmp_path / "log").read_text(encoding="utf-8").splitlines()]
+    races = sorted((begin, end) for begin, end, what in notes if what == "race")
+    checks = [(begin, end) for begin, end, what in notes if what == "check"]
+    assert not any(overlap(a, b) for a, b in pairwise(races))
+    assert not any(overlap(race, check) for race in races for check in checks)
+    assert min(found.values()) < 40
+    assert sum(end - begin for begin, end in races) >= 0.45 * (races[-1][1] - races[0][0])
+    assert {c.family for c in cases if c.name in found} == {c.family for c in cases}
+    said = capsys.readouterr().err
+    assert "races," in said
+    assert "waiting for a race" in said
+    assert "process 11: " in said
+
+
+class Wire:
+    """Stands for a worker's streams: writes down what it says, and lets it in each time."""
+
+    def __init__(self):
+        self.said = []
+
+    def write(self, text):
+        self.said.append(json.loads(text))
+
+    def flush(self):
+        pass
+
+    def readline(self):
+        time.sleep(0.01)
+        return "go"
+
+
+def test_a_worker_leaves_the_device_while_a_compiler_works():
+    wire = Wire()
+    link = Link(wire, wire, lambda: 7)
+    with link.away("Triton"):
+        pass
+    assert wire.said == [], "it was not on the device"
+    link.gate("one", 5)
+    with link.away("Inductor"), link.away("Triton"):
+        pass
+    ask = {"asks": "one", "size": 5, "keeps": 7}
+    assert wire.said == [ask, {"leaves": "Inductor", "keeps": 7}, ask]
+    link.gate(RACE, 9)
+    with link.away("Triton"):
+        pass
+    assert wire.said[3:] == [{"asks": RACE, "size": 9, "keeps": 7}]
+    before, real = link.clock(), time.perf_counter()
+    link.gate("two", 1)
+    assert link.clock() - before <= time.perf_counter() - real - 0.01
+    link.finish(None)
+    with link.away("Triton"):
+        pass
+    assert wire.said[-1] == {"rows": None, "keeps": 7}
+
+
+def test_a_compiler_that_fails_asks_for_the_device_all_the_same():
+    wire = Wire()
+    link = Link(wire, wire, lambda: 0)
+    link.gate("one", 5)
+    with pytest.raises(ValueError, match="no code"), link.away("Triton"):
+        raise ValueError("no code")
+    assert [next(iter(m)) for m in wire.said] == ["asks", "leaves", "asks"]
+
+
+def test_compilers_are_watched_once(monkeypatch):
+    callback = pytest.importorskip("torch._dynamo.callback")
+    handler = type("Handler", (callback.CompilationCallbackHandler,), {})
+    fake = types.SimpleNamespace(CompilationCallbackHandler=handler)
+    monkeypatch.setitem(sys.modules, "torch._dynamo.callback", fake)
+    jit = type("JITFunction", (), {"_do_compile": lambda self, key: f"{key} compiled"})
+    monkeypatch.setitem(sys.modules, "triton.runtime.jit", types.SimpleNamespace(JITFunction=jit))
+    compiler = type("CompileCallable", (), {"__call__": lambda self, x: x + 1})
+    monkeypatch.setitem(sys.modules, "cutlass.cute", types.SimpleNamespace(compile=compiler()))
+    seen = []
+
+    @contextlib.contextmanager
+    def away(name):
+        seen.append(name)
+        yield
+        seen.append("back")
+
+    watch(away)
+    watch(away)
+    with handler().install_callbacks(callback.CallbackTrigger.DYNAMO, "0"):
+        assert seen == ["Inductor"]
+    with handler().install_callbacks(callback.CallbackTrigger.TRITON_AUTOTUNING, "0"):
+        assert seen == ["Inductor", "back"], "kernels run on the device to choose among them"
+    assert jit()._do_compile("a kernel") == "a kernel compiled"
+    assert sys.modules["cutlass.cute"].compile(1) == 2
+    assert seen == ["Inductor", "back", "Triton", "back", "flash-attn 4's compiler", "back"]
+
+
+def test_a_compiler_of_another_version_is_left_alone_and_said_once(monkeypatch, capsys):
+    monkeypatch.setattr("bench.compilers._UNKNOWN", set())
+    monkeypatch.setitem(sys.modules, "triton.runtime.jit", types.SimpleNamespace(JITFunction=object))
+    watch(contextlib.nullcontext)
+    watch(contextlib.nullcontext)
+    assert capsys.readouterr().err.count("Triton is not watched") == 1
+
+
+def test_flex_comes_later_and_nothing_is_lost():
+    cases = gpu()
+    order = later_flex(cases, first=24, between=2)
+    assert sorted(c.name for c in order) == sorted(c.name for c in cases)
+    places = [i for i, c in enumerate(order) if c.flex]
+    assert places == list(range(24, 24 + 3 * len(places), 3))
+    assert {c.family for c in order[:24]} == {c.family for c in cases}
+    assert {c.spec.training for c in order[:24]} == {False, True}
+    assert [c for c in order if not c.flex] == [c for c in cases if not c.flex]
 
 
 def test_rows_of_another_device_are_not_continued():

@@ -139,6 +139,29 @@ def test_who_takes_part_and_why_not():
     assert any("GiB" in r.get("skipped", "") for r in rest)
 
 
+def test_hopeless_is_judged_by_those_that_take_part_and_some_always_do():
+    spec = SPECS["causal"]
+    found, _ = contestants(spec, TARGET, QUICK)
+    order = sorted(found, key=lambda c: c.facts["predicted"])
+    fastest = order[0]
+    few = contestants(spec, TARGET, attrs.evolve(QUICK, hopeless=0.5, least=1))[0]
+    of_backends = {c.facts["backend"]: c.name for c in reversed(order)}
+    assert {c.name for c in few} == {fastest.name, *of_backends.values()}
+    without = frozenset({*QUICK.without, (fastest.facts["backend"], fastest.facts["schedule"])})
+    others = [c for c in order if (c.facts["backend"], c.facts["schedule"]) not in without]
+    rest = contestants(spec, TARGET, attrs.evolve(QUICK, hopeless=1.0, without=without))[0]
+    assert others[0].facts["predicted"] > fastest.facts["predicted"]
+    assert [c.name for c in rest] == [others[0].name], "what does not take part makes no other hopeless"
+
+
+def test_first_calls_are_timed_by_the_clock_that_is_given():
+    ticks = iter(range(0, 1000, 7))
+    asked = attrs.evolve(QUICK, clock=lambda: float(next(ticks)))
+    spec = SPECS["causal"]
+    rows = list(contest(spec, TARGET, contestants(spec, TARGET, asked)[0][:2], asked))
+    assert [r["first_seconds"] for r in rows] == [7.0, 7.0]
+
+
 def test_a_row_drawn_twice_counts_once():
     """One query row: every sample is of it, and its gradient is counted once for each head."""
     spec = AttentionSpec(seq_len=1, kv_len=20, heads=2, head_dim=8, dtype="float32", training=True)

@@ -133,10 +133,12 @@ def _blocks_reason(graph: Graph, node: Node, native: frozenset[str]) -> str:
         given = sorted(op.where.operands) or ["q_offset"]
         return f"skips tiles that are known when the plan is made, %{node.id} depends on {', '.join(given)}"
     q, k = (n.type.rows for n in graph.args(node)[:2])
+    whole = [graph.inputs[name].type.rows for name in "qk"]
+    shape = Shape(whole[0].length, whole[1].length, whole[0].last_head + 1, 1)
     tall, wide = op.tile or (0, 0)
     if "tile-masks" in native:
-        return _masks_reason(op, q, k)
-    found = tile_counts(op, q, k)
+        return _masks_reason(op, q, k, shape)
+    found = tile_counts(op, q, k, shape)
     if found.partial:
         some = f"{found.partial} of the {found.kept} that {op.where!r} keeps of {tall} x {wide}"
         return f"runs whole tiles, and {some} are partial"
@@ -152,12 +154,12 @@ MOST_LOOKED_UP = 1 << 26
 """Bytes of the tables that a mask function looks up."""
 
 
-def _masks_reason(op: Attend, q: RowMap, k: RowMap) -> str:
+def _masks_reason(op: Attend, q: RowMap, k: RowMap, shape: Shape) -> str:
     assert op.tile is not None
     tall, wide = op.tile
     places = -(-q.length // tall) * -(-k.length // wide)
     if 4 * places <= MOST_LOOKED_UP:
-        found = tile_counts(op, q, k)
+        found = tile_counts(op, q, k, shape)
         if not found.partial:
             return "is for partial tiles, and all are whole"
         needed = 4 * (places * found.classes + found.masks * tall * wide)
@@ -178,14 +180,13 @@ class TileCounts(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def tile_counts(op: Attend, q: RowMap, k: RowMap) -> TileCounts:
-    """Return the tiles of an attend, counted."""
+def tile_counts(op: Attend, q: RowMap, k: RowMap, shape: Shape) -> TileCounts:
+    """Return the tiles of an attend on rows of tensors of a shape, counted."""
     from attnplan.patterns.tiles import Grid, block_table  # numpy is needed only here
 
     assert op.tile is not None
     assert op.shift is not None
     heads = [head for _, head in q.batch_heads()]
-    shape = Shape(q.length, k.length, max(heads) + 1, 1)
     grid = Grid(q.row + op.shift, q.length, k.row, k.length, op.tile)
     table = block_table(op.where, shape, op.tile, grid=grid, heads=heads)
     partial = int((~table.full).sum())

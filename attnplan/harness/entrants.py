@@ -35,7 +35,9 @@ class Asked:
     without: frozenset[tuple[str, str]] = frozenset({("reference", "float64")})
     """(backend, schedule) that never take part."""
     hopeless: float = 30.0
-    """Candidates that are predicted to take this many times as long as the fastest do not take part."""
+    """Candidates that are predicted to take this many times as long as the fastest that may take part do not."""
+    least: int = 0
+    """So many of the fastest take part all the same, and with them the fastest of each backend, unless this is 0."""
     memory: int = 1 << 62
     """Candidates that are predicted to need more bytes do not take part."""
     until: float = float("inf")
@@ -43,6 +45,8 @@ class Asked:
     seed: int = 0
     watch: Callable[[str], None] = lambda name: None
     """Called with the name of a contestant before its first call, and with ``"the race"`` before that."""
+    clock: Callable[[], float] = time.perf_counter
+    """By which first calls are timed: one that others may interrupt brings a clock that stands still meanwhile."""
 
 
 @attrs.frozen
@@ -106,12 +110,15 @@ class Inputs:
 def contestants(spec: AttentionSpec, target: Target, asked: Asked) -> tuple[list[Contestant], list[Row]]:
     """Return a contestant for each candidate that accepts a spec, and a row for each that does not take part."""
     found, rows = [], []
-    ways = [(c, way) for c, way in every_way(spec, target) if not asked.backends or c.backend in asked.backends]
-    predicted = [c.prediction.seconds for c, way in ways if way is not None and c.prediction]
-    best = min(predicted, default=0.0)
+    ways = [
+        (c, way)
+        for c, way in every_way(spec, target)
+        if (not asked.backends or c.backend in asked.backends) and (c.backend, c.schedule) not in asked.without
+    ]
+    predicted = sorted((c.prediction.seconds, c.name, c.backend) for c, way in ways if way is not None and c.prediction)
+    best = predicted[0][0] if predicted else 0.0
+    kept = _kept([(name, backend) for _, name, backend in predicted], asked.least)
     for candidate, way in ways:
-        if (candidate.backend, candidate.schedule) in asked.without:
-            continue
         facts: Row = {"kind": "candidate", "candidate": candidate.name, "backend": candidate.backend,
                       "strategy": candidate.strategy, "schedule": candidate.schedule}  # fmt: skip
         if way is None or candidate.prediction is None:
@@ -119,7 +126,7 @@ def contestants(spec: AttentionSpec, target: Target, asked: Asked) -> tuple[list
             continue
         facts |= {"predicted": candidate.prediction.seconds, "predicted_peak": candidate.prediction.peak_bytes,
                   "graph": digest(way.lowered.graph)}  # fmt: skip
-        if candidate.prediction.seconds > asked.hopeless * best:
+        if candidate.prediction.seconds > asked.hopeless * best and candidate.name not in kept:
             rows.append({**facts, "skipped": f"predicted {candidate.prediction.seconds / best:.0f} x the fastest"})
         elif candidate.prediction.peak_bytes > asked.memory:
             rows.append({**facts, "skipped": f"needs {candidate.prediction.peak_bytes / 2**30:.1f} GiB"})
@@ -127,6 +134,14 @@ def contestants(spec: AttentionSpec, target: Target, asked: Asked) -> tuple[list
             plan = Plan(spec, target, way, {"backend": candidate.backend})
             found.append(Contestant(candidate.name, plan, facts))
     return found, rows
+
+
+def _kept(fastest_first: list[tuple[str, str]], least: int) -> frozenset[str]:
+    """Return the names of candidates that are compared whatever they are predicted to take."""
+    if not least:
+        return frozenset()
+    of_backends = {backend: name for name, backend in reversed(fastest_first)}
+    return frozenset([name for name, _ in fastest_first[:least]]) | frozenset(of_backends.values())
 
 
 def digest(graph: Graph) -> str:
@@ -170,14 +185,15 @@ def contest(
             continue
         asked.watch(one.name)
         try:
-            rows[one.name] |= _checked(one, inputs, on_gpu)
+            rows[one.name] |= _checked(one, inputs, on_gpu, asked.clock)
         except Exception as error:  # one contestant that fails must not cost the others
             rows[one.name]["failed"] = _said(error)
             _fatal(error)
             continue
         if rows[one.name]["ok"]:
             calls[one.name] = inputs.call(one.run)
-    asked.watch("the race")
+    if calls:
+        asked.watch("the race")
     times = _raced(calls, on_gpu, asked, rows)
     for name, found in times.items():
         rows[name] |= _measured(found)
@@ -203,10 +219,16 @@ class PoisonedError(RuntimeError):
     """An error after which a CUDA context is of no use: the process has to start again."""
 
 
+def poisons(error: Exception) -> bool:
+    """Return whether a CUDA context is of no use after an error."""
+    return any(
+        part in str(error) for part in ("illegal memory access", "device-side assert", "unspecified launch failure")
+    )
+
+
 def _fatal(error: Exception) -> None:
-    text = str(error)
-    if any(part in text for part in ("illegal memory access", "device-side assert", "unspecified launch failure")):
-        raise PoisonedError(text) from error
+    if poisons(error):
+        raise PoisonedError(str(error)) from error
 
 
 def _said(error: Exception) -> str:
@@ -286,13 +308,13 @@ def _first_of_each(at: tuple[Tensor, Tensor]) -> list[int]:
     return list(seen.values())
 
 
-def _checked(one: Contestant, inputs: Inputs, on_gpu: bool) -> Row:
+def _checked(one: Contestant, inputs: Inputs, on_gpu: bool, clock: Callable[[], float]) -> Row:
     """Run a contestant twice: for its errors, and for its memory."""
     spec = inputs.spec
-    start = time.perf_counter()
+    start = clock()
     before = _allocated(on_gpu)
     error, gradient_error = inputs.errors(one.run)
-    first = time.perf_counter() - start
+    first = clock() - start
     limit = 2 * TOLERANCES[spec.dtype]
     gradient_limit = 2 * GRADIENT_TOLERANCES[spec.dtype]
     ok = error <= limit and (gradient_error is None or gradient_error <= gradient_limit)
