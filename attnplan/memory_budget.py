@@ -104,9 +104,9 @@ def _is_smaller(block: tuple[int, int], spec: AttentionSpec) -> bool:
 
 def _loops(graph: Graph, spec: AttentionSpec) -> Iterator[tuple[int, int, int]]:
     batch, heads, rows = spec.batch, kv_heads(graph), graph.inputs["q"].type.rows.length
-    for size in _halves(batch):
+    for size in _shares(batch):
         yield size, heads, rows
-    for size in _halves(heads):
+    for size in _shares(heads):
         yield 1, size, rows
     size = 1 << max(0, (rows - 1).bit_length() - 1)
     while size >= LEAST_ROWS and size < rows:
@@ -114,10 +114,12 @@ def _loops(graph: Graph, spec: AttentionSpec) -> Iterator[tuple[int, int, int]]:
         size //= 2
 
 
-def _halves(count: int) -> Iterator[int]:
-    while count > 1:
-        count = -(-count // 2)
-        yield count
+def _shares(count: int) -> Iterator[int]:
+    """Iterate over the sizes of two and more equal shares of so many, the last of which may be smaller.
+
+    Half of what a plan needs is rarely half of its heads: what does not depend on them stays.
+    """
+    yield from dict.fromkeys(-(-count // pieces) for pieces in range(2, count + 1))
 
 
 def fit(graph: Graph, way: Way, budget: int, expected: Coverage) -> Fitted | None:
@@ -145,8 +147,23 @@ def fit(graph: Graph, way: Way, budget: int, expected: Coverage) -> Fitted | Non
             best = found, one
     if best is None:
         return None
-    looped, steps = Pipeline((best[1].rewrite,)).run(graph, expected, {(graph, Nothing()): _NOTHING})
+    looped, steps = _proved(graph, best[1].rewrite, expected)
     return Fitted(looped, steps, best[0], best[1].title)
+
+
+def _proved(graph: Graph, rewrite: Pass, expected: Coverage) -> tuple[Graph, tuple[Step, ...]]:
+    """Return a looped graph and its step; schedules of one lowering fit by the same loop, which is proved once."""
+    key = graph, rewrite
+    known = _PROVED.get(key)
+    if known is None or known[0] != expected:
+        if len(_PROVED) >= _KEPT:
+            _PROVED.pop(next(iter(_PROVED), key), None)
+        known = _PROVED[key] = (expected, Pipeline((rewrite,)).run(graph, expected, {(graph, Nothing()): _NOTHING}))
+    return known[1]
+
+
+_PROVED: dict[tuple[Graph, Pass], tuple[Coverage, tuple[Graph, tuple[Step, ...]]]] = {}
+_KEPT = 32
 
 
 class Nothing(Pass):

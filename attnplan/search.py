@@ -390,14 +390,14 @@ def _masked(graph: Graph) -> bool:
     return any(needs_mask(node, op) for node, op in graph.of(Attend))
 
 
-_Kind = tuple[Graph, bool, int, frozenset[str]]
+_Kind = tuple[Graph, bool, bool, int, frozenset[str]]
 """What the memory of a candidate depends on."""
 
 
 def _memory_kind(lowered: Lowered, schedule: Schedule) -> _Kind:
     kernel = schedule.kernel
     known = kernel.native if _masked(lowered.graph) else frozenset[str]()
-    return lowered.graph, kernel.materialises, kernel.partials, known
+    return lowered.graph, kernel.materialises, kernel.writes_into, kernel.partials, known
 
 
 def _nothing_fits(

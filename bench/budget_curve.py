@@ -1,7 +1,7 @@
 """Time against memory budget: each budget is half the one before it, until the pieces have few rows.
 
     python -m bench.budget_curve --json bench/results/budget-curve-cpu.json --budget 300
-    python -m bench.budget_curve --gpu --json bench/results/budget-curve-h100.json --budget 120
+    python -m bench.budget_curve --gpu --json bench/results/budget-curve-h100.json --budget 60 --limit 30
     python -m bench.budget_curve --plot docs/img/time-budget.svg --json bench/results/budget-curve-h100.json
 
 The first budget is what the fastest plan needs. Plans of one spec are timed in turns, so that a slow moment of the
@@ -20,33 +20,54 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
+
 import attnplan
 from attnplan import AttentionSpec
 from attnplan import patterns as P
-from attnplan.errors import AttnPlanError, MemoryBudgetError
+from attnplan.errors import MemoryBudgetError
 from attnplan.ir import Output
 from attnplan.plan import Plan
+from bench.deadline import deadline
 from bench.memory import call_of, measured, seconds, warm_up
 
 LEAST_ROWS = 4096
 """Pieces of fewer rows are measured once more, and no smaller ones."""
+HOPELESS = 8
+"""A plan that is predicted to take so many times as long as the fastest is the last of its curve."""
+SLOW = 1.0
+"""Seconds that a call on CUDA may be predicted to take."""
 Rows = list[dict[str, Any]]
 
 
 def specs(gpu: bool, tiny: bool = False) -> dict[str, AttentionSpec]:
-    """Return what is measured, by name."""
-    long, longer, heads = (65_536, 2**20, 8) if gpu else (8192, 65_536, 2)
-    if tiny:
-        long, longer = 512, 1024
-    dtype, unit = ("bfloat16", 2048) if gpu else ("float32", 256)
-    common: dict[str, Any] = {"heads": heads, "head_dim": 64, "dtype": dtype, "causal": True}
-    longnet = P.longnet([unit, 4 * unit, 16 * unit] if not tiny else [64, 256], [1, 4, 16] if not tiny else [1, 4])
+    """Return what is measured, by name, the most informative first."""
+    if gpu:
+        return _on_gpu()
+    long, longer, heads = (512, 1024, 2) if tiny else (8192, 65_536, 2)
+    common: dict[str, Any] = {"heads": heads, "head_dim": 64, "dtype": "float32", "causal": True}
+    longnet = P.longnet([256, 1024, 4096], [1, 4, 16]) if not tiny else P.longnet([64, 256], [1, 4])
     return {
         f"causal, {long} tokens": AttentionSpec(seq_len=long, **common),
         f"LongNet, {longer} tokens": AttentionSpec(seq_len=longer, pattern=longnet, **common),
         f"causal, {long} tokens, training": AttentionSpec(seq_len=long, training=True, **common),
         f"LongNet, {longer} tokens, training": AttentionSpec(seq_len=longer, pattern=longnet, training=True, **common),
     }
+
+
+def _on_gpu() -> dict[str, AttentionSpec]:
+    dense: dict[str, Any] = {"seq_len": 65_536, "heads": 16, "head_dim": 128, "dtype": "bfloat16", "causal": True}
+    long: dict[str, Any] = {"seq_len": 2**20, "heads": 8, "head_dim": 64, "dtype": "bfloat16", "causal": True}
+    b: dict[str, Any] = {"seq_len": 131_072, "heads": 16, "head_dim": 128, "dtype": "bfloat16"}
+    windows, rates = [4096, 16_384, 65_536, 131_072], [1, 4, 16, 16]
+    longnet = P.longnet([2048, 8192, 32_768], [1, 4, 16])
+    found = {
+        "LongNet, 1048576 tokens": AttentionSpec(pattern=longnet, **long),
+        "causal, 65536 tokens": AttentionSpec(**dense),
+        "window 2048, 65536 tokens": AttentionSpec(pattern=P.window(2048), **dense),
+        "LongNet B, 131072 tokens": AttentionSpec(pattern=P.longnet(windows, rates), **b),
+    }
+    return found | {f"{name}, training": attrs.evolve(spec, training=True) for name, spec in found.items()}
 
 
 def rows_of(plan: Plan) -> int:
@@ -67,7 +88,7 @@ def ladder(spec: AttentionSpec, device: str, least_rows: int) -> list[tuple[int,
         except MemoryBudgetError:
             return found
         found.append((budget, plan))
-        if rows_of(plan) < least_rows:
+        if rows_of(plan) < least_rows or plan.predicted.seconds > HOPELESS * free.predicted.seconds:
             return found
         budget //= 2
 
@@ -75,6 +96,8 @@ def ladder(spec: AttentionSpec, device: str, least_rows: int) -> list[tuple[int,
 def curve(name: str, spec: AttentionSpec, device: str, rounds: int, least_rows: int) -> Rows:
     """Measure the plans of one spec."""
     plans = ladder(spec, device, least_rows)
+    if device != "cpu" and plans[-1][1].predicted.seconds > SLOW:
+        plans.pop()
     peaks = [measured(call_of(plan, device), device).allocated for _, plan in plans]
     calls = [call_of(plan, device) for _, plan in plans]
     for call in calls:
@@ -112,8 +135,9 @@ def run(options: argparse.Namespace, write: Callable[[Rows], None]) -> Rows:
             found.append({"name": name, "skipped": f"the {options.budget:.0f} s are over"})
             continue
         try:
-            found += curve(name, spec, device, options.rounds, 128 if options.tiny else LEAST_ROWS)
-        except (AttnPlanError, RuntimeError, AssertionError, ValueError, TypeError) as error:
+            with deadline(options.limit):
+                found += curve(name, spec, device, options.rounds, 128 if options.tiny else LEAST_ROWS)
+        except Exception as error:  # one spec must not lose the others
             found.append({"name": name, "failed": f"{type(error).__name__}: {str(error)[:400]}"})
         write(found)
         attnplan.cache_clear()
@@ -164,6 +188,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a thousand tokens: tries the script")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--budget", type=float, default=300.0, help="seconds after which no other spec is started")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds that one spec may take")
     options = parser.parse_args()
     if options.plot is not None:
         draw(json.loads(options.json.read_text())["rows"], options.plot)

@@ -1,7 +1,7 @@
 """Measures what plans need beside what they were predicted to need, under budgets from generous to one that just fits.
 
     python -m bench.memory --json bench/results/memory-cpu.json                    counted allocation by allocation
-    python -m bench.memory --gpu --json bench/results/memory-h100.json --budget 240
+    python -m bench.memory --gpu --json bench/results/memory-h100.json --budget 75
 
 On the CPU the peak is the sum of the allocator's events under torch's profiler; on CUDA it is
 ``torch.cuda.max_memory_allocated``. Both leave out q, k, v, the output and the gradients of all four.
@@ -16,6 +16,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,20 @@ from torch import Tensor
 import attnplan
 from attnplan import AttentionSpec
 from attnplan import patterns as P
-from attnplan.errors import AttnPlanError, MemoryBudgetError
+from attnplan.errors import MemoryBudgetError
 from attnplan.plan import Plan
 from attnplan.units import format_bytes
+from bench.deadline import deadline
 
 MIB = 2**20
-SHARES = (2.0, 1.0, 0.5, 0.25, 0.125, 0.0)
-"""Budgets as shares of what the fastest plan needs; 0 is the smallest budget that works."""
+SHARES = (0.5, 0.25, 1.0, 0.125, 0.0, 2.0)
+"""Budgets as shares of what the fastest plan needs, the most informative first; 0 is the smallest that works."""
+LONG, SHORT = 65_536, 4096
+"""Tokens on CUDA. A plan that just fits is measured at the shorter: it may take a thousand times as long."""
+SLOW = 0.25
+"""Seconds that a call on CUDA may be predicted to take; the spec is measured at the shorter length if it is more."""
+ROW_LIMIT = 20.0
+"""Seconds that a row on CUDA may take, planning included."""
 
 
 def patterns(unit: int) -> dict[str, dict[str, Any]]:
@@ -48,16 +56,17 @@ def patterns(unit: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def specs(gpu: bool) -> Iterator[tuple[str, AttentionSpec]]:
-    """Iterate over the specs, the most informative first."""
-    length, heads, unit, dtype = (65_536, 8, 2048, "bfloat16") if gpu else (4096, 4, 256, "float32")
+def specs(gpu: bool, length: int = 0) -> Iterator[tuple[str, AttentionSpec]]:
+    """Iterate over the specs."""
+    length = length or (LONG if gpu else 4096)
+    heads, unit, dtype = (8, length // 32, "bfloat16") if gpu else (4, length // 16, "float32")
     found = patterns(unit)
     for training in (False, True):
         for name, rest in found.items():
             if gpu or not (training and name == "full"):
                 spec = AttentionSpec(seq_len=length, heads=heads, head_dim=64, dtype=dtype, training=training, **rest)
                 yield f"{name}{', training' if training else ''}", spec
-    short = 8192 if gpu else 2048
+    short = length // 8 if gpu else length // 2
     plain: dict[str, Any] = {"heads": heads, "head_dim": 64, "dtype": "float32", "softcap": 30.0}
     for training in (False, True):
         for causal in (False, True):
@@ -164,12 +173,25 @@ def smallest(spec: AttentionSpec, device: str) -> int:
     return int(found[1]) * 2**10
 
 
-def row(name: str, spec: AttentionSpec, share: float, device: str, rounds: int) -> dict[str, Any]:
-    """Compile one spec under one budget, run it, and compare."""
+class TooSlowError(RuntimeError):
+    """A plan is predicted to take longer than a row has time for."""
+
+
+def row(
+    name: str, spec: AttentionSpec, share: float, device: str, rounds: int, slow: float = float("inf")
+) -> dict[str, Any]:
+    """Compile one spec under one budget, run it, and compare.
+
+    Raises
+    ------
+    TooSlowError
+        If the plan is predicted to take longer than ``slow`` seconds.
+    """
     fastest = attnplan.compile(spec, device=device)
     start = time.perf_counter()
     budget = smallest(spec, device) if share == 0.0 else max(1, int(fastest.predicted.peak_bytes * share))
     found: dict[str, Any] = {"name": name, "share": share, "budget": budget, "device": device}
+    found["tokens"] = spec.shape.seq_len
     if share == 0.0:
         found["refusing"] = time.perf_counter() - start  # one byte, which nothing meets
     start = time.perf_counter()
@@ -178,11 +200,13 @@ def row(name: str, spec: AttentionSpec, share: float, device: str, rounds: int) 
     except MemoryBudgetError as error:
         return {**found, "refused": str(error)}
     found["planning"] = time.perf_counter() - start
+    if plan.predicted.seconds > slow:
+        raise TooSlowError(f"{plan} is predicted to take {plan.predicted.seconds:.1f} s")
     chosen = next(c for c in plan.candidates if c.prediction is plan.predicted)
     run = call_of(plan, device)
     peak = measured(run, device)
     predicted = plan.predicted
-    times = seconds(run, device, rounds)
+    times = seconds(run, device, max(1, min(rounds, int(1 + 0.3 / max(predicted.seconds, 1e-6)))))
     return {
         **found,
         "choice": chosen.name,
@@ -204,28 +228,43 @@ def rows(gpu: bool, budget: float, rounds: int, write: Callable[[list[dict[str, 
     device = "cuda" if gpu else "cpu"
     warm_up(device)
     start, found = time.perf_counter(), list[dict[str, Any]]()
-    for name, spec in specs(gpu):
-        for share in SHARES:
+    shorter = dict(specs(gpu, SHORT)) if gpu else {}
+    for share in SHARES:
+        for name, spec in specs(gpu):
             if time.perf_counter() - start > budget:
                 found.append({"name": name, "share": share, "skipped": f"the {budget:.0f} s are over"})
                 continue
-            try:
-                found.append(row(name, spec, share, device, rounds))
-            except (AttnPlanError, RuntimeError, AssertionError, ValueError, TypeError) as error:
-                found.append({"name": name, "share": share, "failed": f"{type(error).__name__}: {str(error)[:400]}"})
+            sizes = [spec] if not gpu else [shorter[name]] if share == 0.0 else [spec, shorter[name]]
+            found.append(_first(name, sizes, share, device, rounds))
             write(found)
             print(line(found[-1]), flush=True)
-            attnplan.cache_clear()
-            gc.collect()
     write(found)
     return found
+
+
+def _first(name: str, sizes: list[AttentionSpec], share: float, device: str, rounds: int) -> dict[str, Any]:
+    """Return the row of the first size whose plan is fast enough, or what went wrong."""
+    on_gpu = device != "cpu"
+    try:
+        with deadline(ROW_LIMIT) if on_gpu else nullcontext():
+            for spec in sizes:
+                try:
+                    return row(name, spec, share, device, rounds, SLOW if on_gpu and spec is not sizes[-1] else 4.0)
+                except TooSlowError as error:
+                    reason = str(error)
+        return {"name": name, "share": share, "slow": reason}
+    except Exception as error:  # one row must not lose the others
+        return {"name": name, "share": share, "failed": f"{type(error).__name__}: {str(error)[:400]}"}
+    finally:
+        attnplan.cache_clear()
+        gc.collect()
 
 
 def line(found: dict[str, Any]) -> str:
     """Return a row as one line of the table."""
     head = f"{found['name']:<38} {found['share']:>5}"
     if "measured" not in found:
-        return f"{head}  {found.get('refused') or found.get('failed') or found.get('skipped')}"
+        return f"{head}  {next(found[k] for k in ('refused', 'failed', 'slow', 'skipped') if k in found)}"
     marks = "" if found["fits"] else "  OVER BUDGET"
     marks += "  BELOW" if found["below"] else ""
     marks += "" if found["close"] else "  FAR"
@@ -242,7 +281,7 @@ def summary(found: list[dict[str, Any]]) -> dict[str, float]:
         "rows": len(found),
         "measured": len(run),
         "refused": sum("refused" in r for r in found),
-        "failed": sum("failed" in r for r in found),
+        "failed": sum("failed" in r or "slow" in r for r in found),
         "over_budget": sum(not r["fits"] for r in run),
         "predicted_below": sum(r["below"] for r in run),
         "predicted_far": sum(not r["close"] for r in run),

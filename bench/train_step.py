@@ -22,13 +22,16 @@ from torch import Tensor, nn
 
 import attnplan
 from attnplan import AttentionSpec
-from attnplan.errors import AttnPlanError, MemoryBudgetError
+from attnplan.errors import MemoryBudgetError
 from attnplan.plan import Plan
 from attnplan.units import parse_bytes
+from bench.deadline import deadline
 from bench.memory import MIB, call_of, measured, warm_up
 from examples.longnet_lm.model import ByteLM, Settings
 
 HEADS, DIM, LAYERS = 4, 128, 2
+ROW_LIMIT = 60.0
+"""Seconds that a budget may take, planning included."""
 
 
 class Planned(nn.Module):
@@ -144,8 +147,9 @@ def main() -> None:
             rows.append({"max_memory": max_memory, "skipped": f"the {options.budget:.0f} s are over"})
             continue
         try:
-            rows.append(row(max_memory, options.most or (2**17 if options.gpu else 2**13), device))
-        except (AttnPlanError, RuntimeError, ValueError) as error:
+            with deadline(ROW_LIMIT):
+                rows.append(row(max_memory, options.most or (2**17 if options.gpu else 2**13), device))
+        except Exception as error:  # one budget must not lose the others
             rows.append({"max_memory": max_memory, "failed": f"{type(error).__name__}: {str(error)[:400]}"})
         if options.json:
             options.json.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")

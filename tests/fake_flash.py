@@ -195,57 +195,87 @@ def with_sink(out, lse, sink):
     return (out * kept).to(out.dtype), total
 
 
+def written(found, out):
+    """Write a result where the caller said, if it did; the interface refuses broadcasts there."""
+    if out is None:
+        return found
+    assert (out.shape, out.dtype) == (found.shape, found.dtype)
+    assert 0 not in out.stride(), "out must not have broadcast dimensions"
+    called("fa4 told where to write")
+    return out.copy_(found)
+
+
+def aligned(*tensors):
+    for x in tensors:
+        if not x.is_contiguous():
+            assert all(s % 8 == 0 for s in x.stride()[:-1]), "flash-attn 4 would copy these strides"
+
+
+def forward_of(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, softcap,
+    window_size_left, window_size_right, learnable_sink, mask_mod, block_sparse_tensors, return_lse, aux_tensors,
+):  # fmt: skip
+    check(q, k, v)
+    aligned(q, k, v)
+    assert return_lse
+    assert softcap is None or softcap > 0
+    if block_sparse_tensors is not None:
+        assert not causal
+        mask = blocks_mask(block_sparse_tensors, q, k, False, mask_mod, aux_tensors)
+        return *forward(q, k, v, mask, softmax_scale), None, None, None
+    assert mask_mod is aux_tensors is None
+    window = window_size_left, window_size_right
+    assert all(n is None or n >= 0 for n in window)
+    if cu_seqlens_k is not cu_seqlens_q:
+        calls["fa4 pieces"] += len(cu_seqlens_k) - 1
+        assert not causal
+        assert window == (None, None)
+        assert (max_seqlen_q, max_seqlen_k) == (cu_seqlens_q.diff().max(), cu_seqlens_k.diff().max())
+        mask = documents_of(cu_seqlens_q, len(q))[:, None] == documents_of(cu_seqlens_k, len(k))
+        out, lse = forward(q[None], k[None], v[None], mask, softmax_scale, softcap or 0.0)
+        return out[0], lse[0], None, None, None
+    found = run(q, k, v, cu_seqlens_q, window, causal, softmax_scale, softcap or 0.0, -torch.inf)
+    return *with_sink(*found, learnable_sink), None, None, None
+
+
+def backward_of(
+    q, k, v, out, dout, lse, softmax_scale, causal, softcap, window_size_left, window_size_right, cu_seqlens_q,
+    block_sparse_tensors,
+):  # fmt: skip
+    assert softcap is not None
+    if block_sparse_tensors is not None:
+        mask = blocks_mask(block_sparse_tensors, q, k, True)
+        return backward(dout, q, k, v, out, lse, mask, softmax_scale)
+    window = window_size_left, window_size_right
+    return run(q, k, v, cu_seqlens_q, window, causal, softmax_scale, softcap, None, (dout, out), lse)
+
+
 def fa4() -> tuple[ModuleType, ModuleType]:
     made, sparsity = ModuleType("flash_attn.cute.interface"), ModuleType("flash_attn.cute.block_sparsity")
     sparsity.BlockSparseTensorsTorch = BlockSparseTensorsTorch
-
-    def aligned(*tensors):
-        for x in tensors:
-            if not x.is_contiguous():
-                assert all(s % 8 == 0 for s in x.stride()[:-1]), "flash-attn 4 would copy these strides"
 
     def _flash_attn_fwd(
         q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, max_seqlen_q=None,
         max_seqlen_k=None, *, softmax_scale=None, causal=False, softcap=None, window_size_left=None,
         window_size_right=None, learnable_sink=None, mask_mod=None, block_sparse_tensors=None, return_lse=False,
-        aux_tensors=None,
+        aux_tensors=None, out=None,
     ):  # fmt: skip
         called("fa4 forward" if learnable_sink is None else "fa4 forward with sinks")
-        check(q, k, v)
-        aligned(q, k, v)
-        assert return_lse
-        assert softcap is None or softcap > 0
-        if block_sparse_tensors is not None:
-            assert not causal
-            mask = blocks_mask(block_sparse_tensors, q, k, False, mask_mod, aux_tensors)
-            return *forward(q, k, v, mask, softmax_scale), None, None, None
-        assert mask_mod is aux_tensors is None
-        window = window_size_left, window_size_right
-        assert all(n is None or n >= 0 for n in window)
-        if cu_seqlens_k is not cu_seqlens_q:
-            calls["fa4 pieces"] += len(cu_seqlens_k) - 1
-            assert not causal
-            assert window == (None, None)
-            assert (max_seqlen_q, max_seqlen_k) == (cu_seqlens_q.diff().max(), cu_seqlens_k.diff().max())
-            mask = documents_of(cu_seqlens_q, len(q))[:, None] == documents_of(cu_seqlens_k, len(k))
-            out, lse = forward(q[None], k[None], v[None], mask, softmax_scale, softcap or 0.0)
-            return out[0], lse[0], None, None, None
-        found = run(q, k, v, cu_seqlens_q, window, causal, softmax_scale, softcap or 0.0, -torch.inf)
-        return *with_sink(*found, learnable_sink), None, None, None
+        given = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        rest = (softmax_scale, causal, softcap, window_size_left, window_size_right, learnable_sink, mask_mod)
+        found, *more = forward_of(*given, *rest, block_sparse_tensors, return_lse, aux_tensors)
+        return written(found, out), *more
 
     def _flash_attn_bwd(
         q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
         window_size_right=None, *, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
-        block_sparse_tensors=None,
+        block_sparse_tensors=None, dq=None, dk=None, dv=None,
     ):  # fmt: skip
         called("fa4 backward")
         check(q, k, v, out, dout)
-        assert softcap is not None
-        if block_sparse_tensors is not None:
-            mask = blocks_mask(block_sparse_tensors, q, k, True)
-            return backward(dout, q, k, v, out, lse, mask, softmax_scale)
-        window = window_size_left, window_size_right
-        return run(q, k, v, cu_seqlens_q, window, causal, softmax_scale, softcap, None, (dout, out), lse)
+        options = (softmax_scale, causal, softcap, window_size_left, window_size_right, cu_seqlens_q)
+        found = backward_of(q, k, v, out, dout, lse, *options, block_sparse_tensors)
+        return tuple(written(x, into) for x, into in zip(found, (dq, dk, dv), strict=True))
 
     def flash_attn_func(q, k, v, *, softmax_scale, causal, window_size, softcap):
         called("fa4 function")

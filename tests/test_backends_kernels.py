@@ -17,7 +17,10 @@ from tests.kernel_plans import H100, SPECS, packages, plan_by, plans, spec_of
 from tests.running import Call, Numbers, assert_agree, way
 
 __all__ = ["packages"]
-pytestmark = pytest.mark.usefixtures("packages")
+pytestmark = [
+    pytest.mark.usefixtures("packages"),
+    pytest.mark.filterwarnings("error:.*this plan now runs.*:RuntimeWarning"),
+]
 
 
 @pytest.mark.parametrize("name", SPECS)

@@ -23,7 +23,10 @@ from tests.kernel_plans import H100, SPECS, Counting, float32_call, packages, pl
 from tests.running import Call, assert_agree
 
 __all__ = ["packages"]
-pytestmark = pytest.mark.usefixtures("packages")
+pytestmark = [
+    pytest.mark.usefixtures("packages"),
+    pytest.mark.filterwarnings("error:.*this plan now runs.*:RuntimeWarning"),
+]
 
 PARTIAL = ("longformer", "streaming", "any mask")
 MORE = {
@@ -58,6 +61,7 @@ def test_rows_that_see_every_key_are_calls_of_their_own(layout, tokens):
     rows = [graph_rows(plan, node) for node, op in plan.graph.of(Attend) if op.tile is None]
     assert rows == ([(0, 2)] if tokens == P.global_tokens(2) else [(5, 7), (30, 31)])
     assert fake_kernels.calls["fa4 forward"] == len(plan.graph.of(Attend))
+    assert fake_kernels.calls["fa4 told where to write"] > 0, "nothing is copied to its place"
 
 
 def graph_rows(plan, node):

@@ -151,11 +151,13 @@ class Backend:
     def emit(self, graph: Graph, spec: AttentionSpec, schedule: Schedule, device: str) -> Program:
         """Return the program that runs ``graph`` on a torch device."""
         output = graph.output.op
-        emit = import_module(self.emitter).emit
+        emitter = import_module(self.emitter)
+        emit = emitter.emit
         program: Program
         if isinstance(output, Output) and (output.loop is not None or output.recompute):
             looped = import_module("attnplan.runtime.loops").LoopedProgram
-            program = looped(graph, lambda body: emit(body, spec, schedule, device))
+            emit_piece = getattr(emitter, "emit_piece", emit)
+            program = looped(graph, lambda body: emit_piece(body, spec, schedule, device))
         else:
             program = emit(graph, spec, schedule, device)
         return program

@@ -12,10 +12,12 @@ from math import prod
 import attrs
 
 from attnplan.cost.batches import batch_memory, lookup_bytes, table_bytes
-from attnplan.cost.buffers import bias_bytes, bias_total, flash_cpu, looked_up, mask_elements
+from attnplan.cost.buffers import bias_bytes, bias_total, looked_up, mask_elements
 from attnplan.cost.chunked import chunk_bytes, kept_bytes, runs_chunks
+from attnplan.cost.placed import is_alone, is_placed, parts_written, pull_of, sums_bytes
 from attnplan.cost.plain import plain_training
 from attnplan.cost.rules import Setting, value_bytes, with_tiles
+from attnplan.cost.workspaces import backward_workspace, block_bytes, forward_workspace
 from attnplan.ir import Attend, Graph, Input, Merge, Mix, Node, Output, Take
 from attnplan.ir.launch import launches
 from attnplan.ir.native import lowered
@@ -32,7 +34,6 @@ blocks, and is what a peak means here; *reserved* memory counts the segments.
 """
 SMALL = 16 * 2**10
 """Bytes of indices, counts and other small buffers; with 1/64 of the workspace for what each op keeps beside it."""
-_MULTIPROCESSORS = 132
 
 
 @attrs.frozen
@@ -109,16 +110,19 @@ def peak_of_some(graph: Graph, setting: Setting, kind: str) -> int:
 def floor_of_loop(graph: Graph, setting: Setting, loop: tuple[int, int, int]) -> int:
     """Return bytes that a loop over pieces of a graph needs for sure, without looking at any piece.
 
-    Those of the output of a whole piece; in training those of the LSE of all rows and of the sums of the gradients of k
-    and v, too.
+    Those of the output of a whole piece, if no kernel writes that where it belongs; in training those of the LSE of all
+    rows and of the sums of the gradients of k and v, too.
     """
     spec, q, k = setting.spec, graph.inputs["q"], graph.inputs["k"]
     assert isinstance(q.op, Input)
     batch, heads = min(spec.batch, loop[0]), min(q.op.heads // q.op.group, loop[1])
     rows = batch * heads * q.op.group * min(loop[2], q.op.length)
-    found = SMALL + rows * graph.output.type.features * setting.item
+    may_be_placed = pull_of(graph) is not None or setting.kernel.writes_into
+    found = SMALL + (0 if may_be_placed else rows * graph.output.type.features * setting.item)
     if not spec.training:
         return found
+    if loop[2] >= q.op.length:
+        return found + (spec.batch * _rows(graph) * setting.accumulator if graph.output.type.lse else 0)
     sums = batch * heads * k.type.rows.length * (k.type.features + graph.inputs["v"].type.features)
     lse = spec.batch * _rows(graph) if graph.output.type.lse else 0
     return SMALL + max(found - SMALL, sums * setting.accumulator) + lse * setting.accumulator
@@ -141,9 +145,10 @@ def _looped(graph: Graph, setting: Setting, kind: str, output: Output, some: tup
     learnt = Memory(workspace=own * batch * setting.accumulator)
     for body in programs:
         model = _Model(body, Setting.of(body, small, setting.kernel), kind)
-        here = model.inference() + Memory(workspace=model.output_bytes)
+        model.placed = is_placed(model.setting, kind)
+        here = model.inference() + Memory(workspace=0 if model.placed else model.output_bytes)
         if training:
-            here = larger(here, model.again() + Memory(workspace=model.gradient_bytes + _totals(graph, batch, setting)))
+            here = larger(here, model.again() + Memory(workspace=_own_gradients(graph, model, setting)))
         peak = larger(peak, here + learnt + Memory(saved=lse))
     return peak
 
@@ -152,14 +157,12 @@ def _rows(graph: Graph) -> int:
     return graph.output.type.rows.elements_count
 
 
-def _totals(graph: Graph, batch: int, setting: Setting) -> int:
-    """Return the bytes in which a loop sums the gradients of k and v over the pieces of the same heads."""
-    output = graph.output.op
-    assert isinstance(output, Output)
-    k, v = (graph.inputs[n].type for n in "kv")
-    heads = k.rows.elements_count // k.rows.length
-    here = heads if output.loop is None else min(heads, output.loop[1])
-    return batch * here * k.rows.length * (k.features + v.features) * setting.accumulator
+def _own_gradients(graph: Graph, model: _Model, setting: Setting) -> int:
+    """Return the bytes of a piece's gradients, and of sums over pieces, beside the whole ones."""
+    if is_alone(graph):
+        return 0 if model.placed else model.gradient_bytes
+    of_q = value_bytes(model.graph.inputs["q"], model.setting) if model.placed else 0
+    return model.gradient_bytes - of_q + sums_bytes(graph, model.setting.batch, setting)
 
 
 class _Model:
@@ -178,6 +181,11 @@ class _Model:
         self.masks = sum(self._mask(n)[0] for n, op in graph.of(Attend))
         self.result = graph[graph.output.args[0]]
         self.launches = {n.id: nodes for nodes in launches(graph).values() for n in nodes}
+        self.written = [parts_written(setting, kind, i) for i in range(3)]
+        """The attends whose rows of the output and of q, of k, of v are written into the whole."""
+        self.pulls = kind == "cuda" and pull_of(graph) is not None
+        self.placed = False
+        """Whether the result is a slice of what is there already: that of a piece."""
 
     # -------------------------------------------------------------------------------------------------- one phase
 
@@ -187,8 +195,9 @@ class _Model:
         live: dict[int, int] = {}
         peak = Memory()
         base = self.wide if self.plain else 0
+        whole = self.output_bytes if self.written[0] else 0
         for node in self.graph:
-            during = Memory(workspace=self._round(sum(live.values())), gathered=base)
+            during = Memory(workspace=self._round(whole + sum(live.values())), gathered=base)
             if isinstance(node.op, Attend):
                 own, now = self._attend(node)
                 peak = larger(peak, during + now + Memory(workspace=self.masks))
@@ -200,12 +209,13 @@ class _Model:
             else:
                 continue
             live = {n: size for n, size in live.items() if last_use.get(n, len(self.graph)) > node.id or n == node.id}
-        finish = self._round(sum(live.values())) + (self.output_bytes if self._casts() else 0)
+        finish = self._round(whole + sum(live.values())) + (self.output_bytes if self._casts() else 0)
         output = self.graph.output
         if isinstance(output.op, Output) and output.op.sinks:
             finish += _rows(self.graph) * self.setting.batch * (output.type.features + 4) * self.acc
         peak = larger(peak, Memory(workspace=self.masks + finish, gathered=base))
-        return attrs.evolve(peak, workspace=max(0, peak.workspace - self.output_bytes))
+        made = self.output_bytes if whole or not (self.placed and self.pulls) else 0
+        return attrs.evolve(peak, workspace=max(0, peak.workspace - made))
 
     def training(self) -> Memory:
         """Return the peak of a forward and the backward after it."""
@@ -246,7 +256,8 @@ class _Model:
         group = self.launches.get(node.id, [node])
         if group[0].id != node.id:
             return 0, Memory()
-        own = self._round(sum(value_bytes(n, self.setting) for n in group))
+        there = node.type.rows.elements_count * node.type.features * self.setting.batch * self.item
+        own = self._round(sum(value_bytes(n, self.setting) for n in group) - there * (node.id in self.written[0]))
         if self.plain:
             own = own // self.item * self.acc
         gathered = sum(self._copies(n) for n in group)
@@ -318,30 +329,10 @@ class _Model:
         q, k = (self.graph[a].type for a in node.args[:2])
         blocks = prod(q.rows.sizes[:-1]) * self.setting.batch
         if op.loop is not None:
-            return self._block(node, op, backward=False)
+            return block_bytes(node, self.setting, backward=False)
         if self.plain:
             return 3 * self._round(blocks * q.rows.length * k.rows.length * self.acc) + blocks * q.rows.length * 16
-        if self.kind == "cpu":
-            return flash_cpu(q.rows.length, k.rows.length, q.features, self.item, self.acc)
-        row = (node.type.features + 1) * 4  # of a piece of a split over keys, in float32
-        split = min(-(-k.rows.length // 64) * blocks * q.rows.length, _MULTIPROCESSORS * 128) * row
-        if self.setting.kernel.partials > 1:
-            split = self.setting.kernel.partials * blocks * q.rows.length * row + self.output_bytes
-        wide = blocks * q.rows.length * node.type.features * 4 if node.type.features > 128 else 0
-        return split + wide + 2**20
-
-    def _block(self, node: Node, op: Attend, *, backward: bool) -> int:
-        """Return the bytes of one step of an attend that computes its scores block by block."""
-        assert op.loop is not None
-        q, k, v = (self.graph[a].type for a in node.args)
-        heads = prod(q.rows.sizes[:-1]) * self.setting.batch
-        rows, keys = min(op.loop[0], q.rows.length), min(op.loop[1], k.rows.length)
-        shared = k.rows.elements_count * q.rows.length < q.rows.elements_count * k.rows.length
-        copies = (self.acc != self.item) + shared + backward  # of k or v: cast, shown to each head, a gradient
-        scores = 3 + 2 * (op.softcap is not None) if backward else 1
-        tall = rows * (2 * q.features + v.features + 16 if backward else q.features + 2 * v.features + 8)
-        wide = copies * keys * max(k.features, v.features)
-        return heads * (scores * rows * keys + tall + wide) * self.acc + 2 * rows * keys
+        return forward_workspace(node, self.setting, self.kind, self.output_bytes)
 
     def _join(self, node: Node) -> tuple[int, int]:
         """Return the bytes of a join's result, and of what it needs beside its parts and its result."""
@@ -352,7 +343,8 @@ class _Model:
         if self.plain:
             return rows * (features + 1) * self.acc, (4 * features + 4 * len(args)) * rows * self.acc
         if op.pull:
-            return rows * features * self.item + lse, 0
+            there = self.written[0] or (self.placed and self.pulls)
+            return (0 if there else rows * features * self.item) + lse, 0
         constant = isinstance(op, Mix) and op.rule in ("mean", "sum")
         apart = disjoint([n.type.rows for n in args]) and not constant
         if apart:
@@ -385,11 +377,14 @@ class _Model:
             group = self.launches.get(node.id, [node])
             if group[0].id != node.id:
                 continue
-            own = sum(value_bytes(n, self.setting) for one in group for n in self.graph.args(one))
-            live = sum(found.values())
+            own = sum(self._gradient_bytes(one) for one in group)
+            live = sum(found.values()) + self._whole_gradients()
             peak = larger(peak, Memory(workspace=live + own) + self._attend_backward(node, op, group))
             found[node.id] = own
         pieces = sum(found.values())
+        if self.pulls:
+            peak = larger(peak, Memory(workspace=pieces + (0 if self.placed else self.gradient_bytes)))
+            return attrs.evolve(peak, workspace=max(0, peak.workspace - (0 if self.placed else self.gradient_bytes)))
         if single:
             return attrs.evolve(peak, workspace=max(0, peak.workspace - self.gradient_bytes))
         total = self.gradient_bytes // self.item * self.acc
@@ -397,6 +392,16 @@ class _Model:
         summed = Memory(workspace=pieces + total - (0 if cast else self.gradient_bytes))
         last = Memory(workspace=total + cast - self.gradient_bytes)
         return larger(peak, summed, last)
+
+    def _gradient_bytes(self, node: Node) -> int:
+        """Return the bytes of an attend's gradients of q, k and v that are not written into the whole ones."""
+        made = enumerate(self.graph.args(node))
+        return sum(value_bytes(n, self.setting) for i, n in made if node.id not in self.written[i])
+
+    def _whole_gradients(self) -> int:
+        """Return the bytes of the whole gradients that kernels write to."""
+        wholes = () if self.placed else zip("qkv", self.written, strict=True)
+        return sum(value_bytes(self.graph.inputs[t], self.setting) for t, parts in wholes if parts)
 
     def _attend_backward(self, node: Node, op: Attend, group: list[Node]) -> Memory:
         _, extra = self._mask(node)
@@ -410,8 +415,10 @@ class _Model:
         rows = sum(n.type.rows.elements_count for n in group) * self.setting.batch
         value = rows * node.type.features * self.item
         copied = sum(self._copies(n) for n in group)
-        gathered = copied + (2 * value + rows * self.acc if copied else 0)  # grad, output and LSE are folded, too
-        part = value + rows * self.acc if not self._is_whole(node) else 0  # rows of output and LSE in line
+        folded = value * (1 if self._saved() else 2) + rows * self.acc  # grad, LSE, and the output if it is the whole's
+        gathered = copied + (folded if copied else 0)
+        lines = value * (not (self.kind == "cuda" and self.setting.kernel.writes_into)) + rows * self.acc
+        part = lines if not self._is_whole(node) else 0  # rows of output and LSE in line
         return Memory(workspace=extra + part + sum(self._backward_workspace(n) for n in group), gathered=gathered)
 
     def _is_whole(self, node: Node) -> bool:
@@ -420,21 +427,11 @@ class _Model:
     def _backward_workspace(self, node: Node) -> int:
         op = node.op
         assert isinstance(op, Attend)
-        q, k, v = (self.graph[a].type for a in node.args)
-        blocks = prod(q.rows.sizes[:-1]) * self.setting.batch
         if op.loop is not None:
             totals = sum(self.graph[a].type.rows.elements_count * self.graph[a].type.features for a in node.args)
             sums = totals * self.setting.batch * self.acc if self.acc != self.item else 0  # else they are the result
-            return self._block(node, op, backward=True) + sums
-        if self.kind == "cpu":
-            repeated = blocks * k.rows.length * (k.features + v.features) * self.item
-            shared = k.rows.elements_count < q.rows.elements_count // q.rows.length * k.rows.length
-            buffers = 3 * flash_cpu(q.rows.length, k.rows.length, q.features, self.item, self.acc)
-            return buffers + blocks * q.rows.length * q.features * self.item + shared * repeated
-        rows = blocks * -(-q.rows.length // 128) * 128
-        keys = blocks * -(-k.rows.length // 128) * 128
-        grouped = k.rows.elements_count * q.rows.length < q.rows.elements_count * k.rows.length
-        return rows * (q.features * 4 + 8) + grouped * keys * (k.features + v.features) * 4 + 2**20
+            return block_bytes(node, self.setting, backward=True) + sums
+        return backward_workspace(node, self.setting, self.kind)
 
     def _plain_training(self) -> Memory:
         made = {n.id: self._mask(n)[1] for n, _ in self.graph.of(Attend)}

@@ -112,7 +112,7 @@ def price(
     found = Prediction(seconds, memory.total, ops, host, table.basis, table.note, memory)
     if is_piecewise(graph):
         each = partial(price, kernel=kernel, device=device, parameters=table)
-        seconds, host = piecewise_seconds(graph, spec, device, each)
+        seconds, host = piecewise_seconds(graph, spec, kernel, device, each, table)
         found = attrs.evolve(found, seconds=seconds, host=host)
     return found
 
@@ -141,7 +141,7 @@ def _is_plain(graph: Graph) -> bool:
     )
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=2048)  # a loop has up to 512 programs, which several kernels price
 def demands(graph: Graph, spec: AttentionSpec, kernel: KernelModel, kind: str) -> tuple[tuple[Load, ...], Memory]:
     """Return what a graph asks of a kind of device: the same for kernels that differ in their speed only."""
     setting = Setting.of(graph, spec, kernel)

@@ -120,7 +120,7 @@ def unloopable(graph: Graph, loop: tuple[int, int, int] | None, block: tuple[int
     return ""
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def normal(graph: Graph) -> Graph:
     """Return a piece's graph with what does not depend on its place left out; pieces that are alike become equal.
 
@@ -137,7 +137,10 @@ def normal(graph: Graph) -> Graph:
         local, local_k = (n.type.rows for n in graph.args(node)[:2])
         q, k = op.positions(local, local_k)
         head, row = q.head - local.head, q.row - local.row
-        return builder.add(attrs.evolve(op, at=(_moved(q, head, row), _moved(k, k.head, row))), *args)
+        at = _moved(q, head, row), _moved(k, k.head - local_k.head, row)
+        if at == (local, local_k) and not (op.tile or op.dropout or op.biases or op.where.operands):
+            return builder.add(attrs.evolve(op, at=None), *args)
+        return builder.add(attrs.evolve(op, at=(at[0], _moved(k, k.head, row))), *args)
 
     return rewrite(graph, visit)
 
@@ -212,7 +215,7 @@ def parts(graph: Graph, loop: tuple[int, int, int] | None = None) -> Iterator[Pa
         yield restrict(whole, piece)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=1024)
 def restrict(graph: Graph, piece: Piece) -> Part:
     """Return the graph that computes one piece from its own query rows and the keys that they see.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attnplan.errors import KernelError
 from attnplan.ir.native import EVERYTHING
-from attnplan.runtime.fused.replay import backward_replay_of, replay_of
+from attnplan.runtime.fused.replay import backward_replay_of, replay_of, stepping
 from attnplan.runtime.kernels import Pair, Request, Triple
 from attnplan.runtime.kernels_sdpa import (
     boundaries,
@@ -225,6 +225,8 @@ class Flash4(_Flash):
             options |= _mask_function(asked.blocks, asked.blocks.masks)
         if asked.sinks is not None:
             options["learnable_sink"] = asked.sinks.detach().to(torch.float32)
+        if lengths is None and asked.into and asked.into[0] is not None:
+            options["out"] = stepping(asked.into[0].transpose(1, 2))
         out, lse, *_ = function(*rows, return_lse=True, **options)
         return out, lse
 
@@ -238,6 +240,9 @@ class Flash4(_Flash):
             into = [None if x is None else x.transpose(1, 2) for x in asked.into or (None, None, None)]
             return replay(q, k, v, out, grad, lse, asked.scale, asked.causal, into)
         options = self._options(asked, lengths, None if asked.blocks is None else asked.blocks.columns)
+        if lengths is None:
+            given = zip(("dq", "dk", "dv"), asked.into or (), strict=False)
+            options |= {name: stepping(x.transpose(1, 2)) for name, x in given if x is not None}
         dq, dk, dv = module(self.interface)._flash_attn_bwd(
             q, k, v, out, grad, lse, asked.scale, asked.causal, asked.softcap, **options
         )
@@ -263,8 +268,7 @@ def _mask_function(blocks: BlockLists, masks: TileMasks | RowBounds) -> dict[str
     """Return the arguments by which a call masks its partial tiles."""
     functions = module(_MASK_FUNCTIONS)
     if isinstance(masks, RowBounds):
-        found = functions.between() if masks.bounds.dim() == 2 else functions.between_of_head()
-        return {"mask_mod": found, "aux_tensors": [masks.bounds]}
+        return {"mask_mod": functions.between(), "aux_tensors": [masks.bounds]}
     chosen = functions.in_tile if masks.places.dim() == 2 else functions.in_tile_of_head
     return {"mask_mod": chosen(*blocks.tile), "aux_tensors": [masks.places, masks.masks]}
 

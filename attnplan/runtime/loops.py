@@ -15,6 +15,7 @@ from torch import Tensor
 from attnplan.errors import SpecError
 from attnplan.ir import Graph, Output
 from attnplan.passes.chunk import Part, Piece, kv_heads, normal, origin, parts, without_loop
+from attnplan.runtime.destinations import INTO, put
 from attnplan.runtime.first_order import first_order
 from attnplan.runtime.masks import ORIGIN, MaskBuilder
 from attnplan.runtime.scores import learned
@@ -108,14 +109,15 @@ class LoopedProgram:
         for batch, part, body in self._pieces(q.shape[0]):
             queries, keys = self._slices(q, batch, part)
             own = piece_operands(operands, queries, keys, self.origins[part.piece])
+            target = out[queries]
             if body is None:
-                out[queries] = 0
+                target.zero_()
                 if lse is not None:
                     lse[queries] = own["sink_logits"].to(lse.dtype).reshape(-1, 1) if self.sinks else -torch.inf
                 continue
             with torch.no_grad():
-                found = self._program(body)(q[queries], k[keys], v[keys], own, lse is not None)
-            out[queries].copy_(found[0])
+                found = self._program(body)(q[queries], k[keys], v[keys], {**own, INTO: (target,)}, lse is not None)
+            put(target, found[0])
             if lse is not None:
                 assert found[1] is not None
                 lse[queries].copy_(found[1])
@@ -132,32 +134,35 @@ class LoopedProgram:
         """Return dq, dk, dv from ``(grad, grad_lse)`` and ``(q, k, v, out, lse)``, then those of the named operands."""
         q, k, v, out, lse = given
         dq, dk, dv = (empty_like_rows(x, x.shape[-1], x.dtype) for x in (q, k, v))
-        totals: tuple[Tensor, Tensor] | None = None
+        totals: tuple[Tensor, ...] | None = None
         learnt = {n: torch.zeros_like(operands[n], dtype=accumulator(operands[n].dtype)) for n in names}
         found = list(self._pieces(q.shape[0]))
         for place, (batch, part, body) in enumerate(found):
             queries, keys = self._slices(q, batch, part)
             heads = (batch, keys[1])
             own = piece_operands(operands, queries, keys, self.origins[part.piece])
-            if totals is None:
-                totals = tuple(x[heads].new_zeros(x[heads].shape, dtype=accumulator(x.dtype)) for x in (k, v))  # type: ignore[assignment]
-            assert totals is not None
+            following = found[place + 1] if place + 1 < len(found) else None
+            last = following is None or (following[0], following[1].piece.head) != (batch, part.piece.head)
+            alone = totals is None and last  # no other piece has gradients for these keys
+            if totals is None and not alone:
+                totals = tuple(x[heads].new_zeros(x[heads].shape, dtype=accumulator(x.dtype)) for x in (k, v))
             mine = [None if x is None else x[queries] for x in (*flow, out, lse)]
+            if alone:
+                for x in (dk[heads], dv[heads]):
+                    _clear_beside(x, part.keys)
             if body is None:
                 dq[queries] = 0
                 rest = self._without_keys(mine, own, names)
             else:
+                into = (dq[queries], dk[keys], dv[keys]) if alone else (dq[queries], None, None)
                 tensors = (q[queries], k[keys], v[keys], mine[2], mine[3])
-                some = piece_gradients(self._program(body), mine[:2], tensors, own, names)
-                dq[queries].copy_(some[0])
-                for total, one in zip(totals, some[1:3], strict=True):
-                    total[:, :, part.keys[0] : part.keys[1]].add_(one)
+                some = piece_gradients(self._program(body), mine[:2], tensors, {**own, INTO: into}, names)
+                _spread(some[:3], into, totals or (), part.keys)
                 rest = dict(zip(names, some[3:], strict=True))
-                del some, total, one  # they would stay until the next piece has its own
+                del some  # it would stay until the next piece has its own
             for name, x in rest.items():
                 learnt[name][piece_slice(name, operands[name], queries, keys)].add_(x)
-            following = found[place + 1] if place + 1 < len(found) else None
-            if following is None or (following[0], following[1].piece.head) != (batch, part.piece.head):
+            if last and totals is not None:
                 dk[heads], dv[heads] = totals
                 totals = None
         return dq, dk, dv, *(learnt[n].to(operands[n].dtype) for n in names)
@@ -177,6 +182,23 @@ class LoopedProgram:
         heads = slice(piece.head, piece.head + piece.heads)
         queries = slice(heads.start * group, heads.stop * group), slice(piece.row, piece.row + piece.rows)
         return (batch, *queries), (batch, heads, slice(*part.keys))
+
+
+def _spread(
+    some: Sequence[Tensor], into: Sequence[Tensor | None], totals: Sequence[Tensor], keys: tuple[int, int]
+) -> None:
+    """Bring the gradients of a piece to where they belong, or add those of k and v to the sums of several pieces."""
+    for target, one in zip(into, some, strict=True):
+        if target is not None:
+            put(target, one)
+    for total, one in zip(totals, some[1:], strict=False):
+        total[:, :, keys[0] : keys[1]].add_(one)
+
+
+def _clear_beside(x: Tensor, keys: tuple[int, int]) -> None:
+    """Write zeros to the rows that no query of a piece sees."""
+    x[:, :, : keys[0]].zero_()
+    x[:, :, keys[1] :].zero_()
 
 
 def piece_gradients(

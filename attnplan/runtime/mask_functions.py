@@ -37,23 +37,6 @@ def between():
     return meets
 
 
-@lru_cache(maxsize=1)
-def between_of_head():
-    """Return the same for heads that have tiles of their own: bounds are ``[H, rows, 4]``."""
-
-    @cute.jit
-    def meets(batch, head, query, key, lengths, tensors):
-        bounds, row = tensors[0], query[0]
-        column = utils.scalar_to_ssa(key[0], cutlass.Int32)
-        first = utils.scalar_to_ssa(bounds[head[0], row, 0], cutlass.Int32)
-        behind = utils.scalar_to_ssa(bounds[head[0], row, 1], cutlass.Int32)
-        second = utils.scalar_to_ssa(bounds[head[0], row, 2], cutlass.Int32)
-        end = utils.scalar_to_ssa(bounds[head[0], row, 3], cutlass.Int32)
-        return ((column >= first) & (column < behind)) | ((column >= second) & (column < end))
-
-    return meets
-
-
 @lru_cache(maxsize=8)
 def in_tile(tall, wide):
     """Return the mask function of tiles of ``tall`` queries x ``wide`` keys, for heads that share their tiles.

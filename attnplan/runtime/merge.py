@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attnplan.runtime.destinations import put
 from attnplan.runtime.views import Axes, accumulator, empty_like_rows, indices, rows, rows_of_one
 
 Place = tuple[int, int, Axes] | None
@@ -47,14 +48,19 @@ def merge(q: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor], places: Seq
     return out, total
 
 
-def placed(q: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor], places: Sequence[Place]) -> tuple[Tensor, Tensor]:
-    """Return :func:`merge` of parts that share no row: each is its rows' whole softmax, and is copied to its place."""
+def placed(
+    q: Tensor, outs: Sequence[Tensor], lses: Sequence[Tensor], places: Sequence[Place], whole: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return :func:`merge` of parts that share no row: each is its rows' whole softmax, and is copied to its place.
+
+    Where kernels wrote some of them into ``whole``, that is the output, and those are there already.
+    """
     total = torch.full(q.shape[:3], -torch.inf, dtype=accumulator(q.dtype), device=q.device)
-    out = empty_like_rows(q, outs[0].shape[-1], q.dtype)
-    if sum(lse.numel() for lse in lses) < total.numel():
+    out = empty_like_rows(q, outs[0].shape[-1], q.dtype) if whole is None else whole
+    if whole is None and sum(lse.numel() for lse in lses) < total.numel():
         out.zero_()  # rows that no part covers
     for part, lse, place in zip(outs, lses, places, strict=True):
-        _at(out, place).copy_(part)
+        put(_at(out, place), part)
         _at_one(total, place).copy_(lse)
     return out, total
 

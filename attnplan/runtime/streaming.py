@@ -291,7 +291,7 @@ class _Overlapped:
         self.inward, self.outward = torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.compute = torch.cuda.current_stream(device)
         some = [w for i, w in enumerate(work) if stream.body(i) is not None] or work[:1]
-        ranges = {w.keys for w in some}
+        ranges = {(w.batch, w.part.piece.head, w.part.keys) for w in some}  # slices have no hash before Python 3.12
         self.slots: dict[str, list[_Slot]] = {}
         for name, count in (("q", 2), ("k", min(2, len(ranges))), ("v", min(2, len(ranges))), ("out", 2)):
             store = getattr(stores, name)

@@ -71,8 +71,8 @@ class RowBounds:
     """What a mask function compares with, where a query row sees at most two ranges of keys in partial tiles."""
 
     bounds: Tensor
-    """(first, behind the last) of both ranges, int32 ``[queries, 4]``, or ``[H, queries, 4]`` where heads differ. They
-    say nothing of whole and empty tiles, in which no mask function is called."""
+    """(first, behind the last) of both ranges, int32 ``[queries, 4]``, for heads that share their tiles. They say
+    nothing of whole and empty tiles, in which no mask function is called."""
 
 
 @attrs.frozen(eq=False)

@@ -84,6 +84,9 @@ def partial_only(table: BlockTable) -> BlockTable:
 def lookup_tables(table: BlockTable, device: torch.device | str = "cpu") -> TileMasks | RowBounds:
     """Return what a mask function looks up: bounds of rows where two ranges hold all that a row sees, or masks.
 
+    Where heads have tiles of their own it is masks: flash-attn 4's compiler ends in an internal error for bounds that
+    depend on the head.
+
     Examples
     --------
     >>> from attnplan.patterns import causal
@@ -93,16 +96,8 @@ def lookup_tables(table: BlockTable, device: torch.device | str = "cpu") -> Tile
     [[0, 1, 0, 0], [0, 2, 0, 0], [2, 3, 0, 0], [2, 4, 0, 0]]
     """
     assert len(table.classes) == 1, "what depends on the batch element is known with the call only"
-    bounds = row_bounds(table)
-    if bounds is not None:
-        return RowBounds(torch.from_numpy(_of_heads(bounds, table)).to(device))
-    return _masks(table, device)
-
-
-def _of_heads(found: np.ndarray, table: BlockTable) -> np.ndarray:
-    """Return what each head finds, or what all do, of what each class of heads does."""
-    each: np.ndarray = found[0] if len(found) == 1 else found[table.classes[0]]
-    return each
+    bounds = row_bounds(table) if table.classes.max() == 0 else None
+    return _masks(table, device) if bounds is None else RowBounds(torch.from_numpy(bounds[0]).to(device))
 
 
 def _masks(table: BlockTable, device: torch.device | str) -> TileMasks:
@@ -112,7 +107,8 @@ def _masks(table: BlockTable, device: torch.device | str) -> TileMasks:
     rows = np.repeat(np.arange(numbers * grid.rows), np.diff(table.row_ptr))
     places = np.zeros((numbers * grid.rows, max(2, grid.columns)), dtype=np.int32)
     places[rows, table.column] = np.maximum(table.kind - 1, 0)
-    each = _of_heads(places.reshape(numbers, grid.rows, -1), table)
+    each = places.reshape(numbers, grid.rows, -1)[table.classes[0]]
+    each = each[0] if numbers == 1 else each
     masks = table.masks.astype(np.int32) if len(table.masks) else np.zeros((1, *grid.tile), dtype=np.int32)
     return TileMasks(torch.from_numpy(each).to(device), torch.from_numpy(masks).to(device))
 

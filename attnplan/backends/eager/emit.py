@@ -49,6 +49,16 @@ def emit(graph: Graph, spec: AttentionSpec, schedule: Schedule, device: str) -> 
     """
     follow = not spec.is_static and keeps_rows(graph)
     emitter = Emitter(lower(spec) if follow else graph, spec, follow, schedule.native)
+    return _emitted(emitter, schedule)
+
+
+def emit_piece(graph: Graph, spec: AttentionSpec, schedule: Schedule, device: str) -> Program:
+    """Return the program that runs a piece of a loop, which may be told where its results go."""
+    return _emitted(Emitter(graph, spec, False, schedule.native, piece=True), schedule)
+
+
+def _emitted(emitter: Emitter, schedule: Schedule) -> Program:
+    graph, follow = emitter.graph, emitter.follow
     blocked = any(op.loop is not None for _, op in graph.of(Attend))
     if not schedule.runs and not blocked:
         module = emitter.plain()
@@ -57,7 +67,7 @@ def emit(graph: Graph, spec: AttentionSpec, schedule: Schedule, device: str) -> 
     forward, backward = emitter.forward(kernel), emitter.backward(kernel)
     fused = FusedProgram(forward, backward, f"{_source(forward)}\n{_source(backward)}", follow)
     fused = attrs.evolve(fused, learned=emit_learned(emitter))
-    direct = None if blocked else emitter.direct(kernel)
+    direct = None if blocked or writes.writes_places(emitter, kernel) else emitter.direct(kernel)
     return fused if direct is None else DirectProgram(direct, fused, _source(direct))
 
 
@@ -89,8 +99,10 @@ _OPERATORS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 class Emitter:
     """Emits the forward, backward and plain programs of one graph."""
 
-    def __init__(self, graph: Graph, spec: AttentionSpec, follow: bool, native: frozenset[str] = frozenset()) -> None:
-        self.graph, self.spec, self.follow, self.native = graph, spec, follow, native
+    def __init__(
+        self, graph: Graph, spec: AttentionSpec, follow: bool, native: frozenset[str] = frozenset(), piece: bool = False
+    ) -> None:
+        self.graph, self.spec, self.follow, self.native, self.piece = graph, spec, follow, native, piece
         self.owners = owners(graph)
         self.launches = launch_of(graph, spec.layout, spec.batch)
         self.pulls = pulls(graph)
@@ -157,7 +169,7 @@ class Emitter:
             return _pair(code, pair, node.id)
 
         values: dict[int, Value] = {}
-        self.written = writes.forward_of(self, code, kernel, inputs)
+        self.written = writes.forward_of(self, code, kernel, inputs, operands)
         self._values(code, inputs[0], one, (merges.merge, merges.weighted_sum), values)
         out, lse = self._finished(code, operands, inputs[0], values)
         values[self.result.id] = (out, lse)
@@ -191,7 +203,7 @@ class Emitter:
         operands, *inputs = self._placeholders(code, operands_last=False)
         known = self._known(code)
         pieces = []
-        written = writes.backward_of(self, code, kernel, inputs)
+        written = writes.backward_of(self, code, kernel, inputs, operands)
         for node, op in self.graph.of(Attend):
             if self._holder(node.id) != node.id:
                 continue
@@ -346,6 +358,7 @@ class Emitter:
                 options = {"detach": True} if isinstance(op, Mix) and op.rule != "lse" else {}
             elif disjoint([n.type.rows for n in self.graph.args(node)]):
                 join = merges.placed
+                options = {"whole": self.written.wholes[0]} if self.written.places else {}
             values[node.id] = _pair(code, code.call_function(join, (q, outs, lses, places), options), node.id)
         return values
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from attnplan.errors import SpecError
+from attnplan.runtime.destinations import without
 from attnplan.runtime.first_order import first_order
 from attnplan.runtime.ranges import run
 from attnplan.runtime.scores import learned
@@ -61,7 +62,7 @@ class FusedProgram:
         saved: Sequence[Tensor] = ()
         with torch.no_grad():
             if len(known) > len(_KNOWN):
-                saved = run(self.forward, q, k, v, operands)[2:]
+                saved = run(self.forward, q, k, v, without(operands))[2:]
             return self.run_backward(names, grad, flow[1], operands, q, k, v, out, lse, *saved)
 
     def run_backward(self, names: Sequence[str], *given: Any) -> tuple[Tensor, ...]:

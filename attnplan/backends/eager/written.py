@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from attnplan.backends.eager.launches import Launch, pull_gradients, pull_values
-from attnplan.ir import Graph, Merge, Mix, Node
+from attnplan.backends.eager.places import is_whole, place
+from attnplan.ir import Attend, Graph, Merge, Mix, Node
 from attnplan.ir.apart import apart
+from attnplan.ir.native import lowered
+from attnplan.ir.ops import disjoint
 from attnplan.runtime import attend as attends
 from attnplan.runtime import views
+from attnplan.runtime.destinations import given, given_or_new
 from attnplan.runtime.fused.strided import Strided
 
 if TYPE_CHECKING:
@@ -33,25 +37,45 @@ class Written:
         What it runs.
     kernel
         Kernels that cannot be told where to write get nothing to write.
+    operands
+        Those of a piece, which may say where its results go; None for what is no piece.
     """
 
     def __init__(
-        self, code: fx.Graph, modules: dict[str, Any], graph: Graph, launches: Mapping[int, Launch], kernel: str
+        self,
+        code: fx.Graph,
+        modules: dict[str, Any],
+        graph: Graph,
+        launches: Mapping[int, Launch],
+        kernel: str,
+        operands: fx.Node | None,
     ) -> None:
         self.code, self.modules, self.graph, self.launches = code, modules, graph, launches
-        self.takes = kernel in attends.WRITES_INTO
+        self.takes, self.operands = kernel in attends.WRITES_INTO, operands
         self.wholes: Wholes = {}
         self.nodes: dict[int, tuple[int, ...]] = {}
+        self.single: int | None = None
+        """The attend that is a whole piece, and writes where that goes."""
+        self.places: tuple[int, ...] = ()
+        """Attends that write neighbouring rows of the output, which no other attend has."""
 
     def plan(self, parts: Sequence[Node], operand: int, like: fx.Node, features: fx.Node) -> None:
         """Choose which parts are written into a new whole of one operand, and append its making if there are any."""
         chosen = destinations(self.graph, parts, self.launches, min(operand, 1)) if self.takes else ()
         self.nodes[operand] = chosen
-        if chosen:
+        if self.operands is not None and chosen:
+            self.wholes[operand] = self.code.call_function(given_or_new, (self.operands, operand, like, features))
+        elif self.operands is not None:
+            self.wholes[operand] = self.code.call_function(given, (self.operands, operand))
+        elif chosen:
             self.wholes[operand] = self.code.call_function(views.empty_whole, (like, features))
 
     def into(self, node: Node, operands: Sequence[int]) -> dict[str, Any]:
         """Append the views that the kernel of an attend writes into, and return them as its option."""
+        if node.id == self.single:
+            return {"into": tuple(self.code.call_function(given, (self.operands, i)) for i in operands)}
+        if node.id in self.places:
+            return {"into": (self.code.call_function(views.rows, (self.wholes[0], *place(node.type.rows))),)}
         if not any(node.id in self.nodes.get(i, ()) for i in operands):
             return {}
         return {"into": tuple(self._view(node, i) if node.id in self.nodes[i] else None for i in operands)}
@@ -80,20 +104,58 @@ def destinations(graph: Graph, parts: Sequence[Node], launches: Mapping[int, Lau
     return tuple(able[i] for i in apart(tuple(rows[j] for j in able)))
 
 
-def forward_of(emitter: Emitter, code: fx.Graph, kernel: str, inputs: Sequence[fx.Node]) -> Written:
+def forward_of(emitter: Emitter, code: fx.Graph, kernel: str, inputs: Sequence[fx.Node], operands: fx.Node) -> Written:
     """Return what the kernels of a forward write: rows of branches that are mixed by their LSEs, and not saved."""
-    made = Written(code, emitter.modules, emitter.graph, emitter.launches, kernel)
+    made = _of(emitter, code, kernel, operands)
     join = emitter.pulls
-    if join is None or (isinstance(join.op, Mix) and join.op.rule in ("mean", "sum")):
+    if join is None:
+        made.places = places(emitter) if made.takes else ()
+        if made.places:
+            new = (views.empty_whole, (inputs[0], inputs[2]))
+            whole = (given_or_new, (made.operands, 0, inputs[0], inputs[2])) if emitter.piece else new
+            made.wholes[0] = code.call_function(*whole)
+        return made
+    constant = isinstance(join.op, Mix) and join.op.rule in ("mean", "sum")
+    if constant and not emitter.piece:
         return made
     parts = [n for n in emitter.graph.args(join) if (n.id, "out") not in emitter.saved]
     made.plan(parts, 0, inputs[0], inputs[2])
     return made
 
 
-def backward_of(emitter: Emitter, code: fx.Graph, kernel: str, inputs: Sequence[fx.Node]) -> Written:
+def places(emitter: Emitter) -> tuple[int, ...]:
+    """Return the attends that may write their rows of the output: parts that share none, and leave none out."""
+    graph, result = emitter.graph, emitter.result
+    parts = graph.args(result)
+    if not isinstance(result.op, Merge) or not all(isinstance(n.op, Attend) for n in parts):
+        return ()
+    rows = [n.type.rows for n in parts]
+    whole = graph.inputs["q"].type.rows.elements_count
+    if not disjoint(rows) or sum(r.elements_count for r in rows) < whole:
+        return ()
+    return tuple(n.id for n in parts if n.type.rows.contiguous and len(n.type.rows.batch) == 1)
+
+
+def writes_places(emitter: Emitter, kernel: str) -> bool:
+    """Return whether this is one call of a kernel on a whole piece, which writes its results where they belong."""
+    result = emitter.result
+    if not emitter.piece or kernel not in attends.WRITES_INTO or not isinstance(result.op, Attend):
+        return False
+    found = lowered(emitter.graph, result, emitter.native)
+    plain = result.op.tile is None and result.op.loop is None and not result.op.biases
+    return plain and is_whole(emitter.graph, result) and found is not None and not found.documents
+
+
+def _of(emitter: Emitter, code: fx.Graph, kernel: str, operands: fx.Node) -> Written:
+    own = operands if emitter.piece else None
+    made = Written(code, emitter.modules, emitter.graph, emitter.launches, kernel, own)
+    made.single = emitter.result.id if writes_places(emitter, kernel) else None
+    return made
+
+
+def backward_of(emitter: Emitter, code: fx.Graph, kernel: str, inputs: Sequence[fx.Node], operands: fx.Node) -> Written:
     """Return what the kernels of a backward write: gradients that no constant weighs."""
-    made = Written(code, emitter.modules, emitter.graph, emitter.launches, kernel)
+    made = _of(emitter, code, kernel, operands)
     if emitter.pulls is None:
         return made
     parts = [n for n in emitter.graph.args(emitter.pulls) if emitter.owners[n.id].weight == 1.0]

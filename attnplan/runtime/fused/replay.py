@@ -63,7 +63,7 @@ class Replay:
     ) -> tuple[Tensor, Tensor]:
         """Return output ``[B, S, H, Dv]``, which is ``into`` if that is given, and LSE ``[B, H, S]``."""
         batch, length, heads, _ = q.shape
-        out = q.new_empty((batch, length, heads, v.shape[3])) if into is None else _stepping(into)
+        out = q.new_empty((batch, length, heads, v.shape[3])) if into is None else stepping(into)
         lse = q.new_empty((batch, heads, length), dtype=torch.float32)
         tensors = [*_detached(q, k, v), out, lse]
         strides = tuple([x.stride() for x in tensors])
@@ -134,7 +134,7 @@ class BackwardReplay:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq, dk and dv ``[B, S, H, D]``: those of ``into``, or laid out as q, k and v are where dense."""
         given = _detached(q, k, v, out, grad, lse)
-        made = [torch.empty_like(x) if y is None else _stepping(y) for x, y in zip(given, into, strict=False)]
+        made = [torch.empty_like(x) if y is None else stepping(y) for x, y in zip(given, into, strict=False)]
         strides = tuple([x.stride() for x in (*given, *made)])
         current = torch.cuda.current_device() if q.is_cuda else None
         key = (q.shape, k.shape, v.shape, strides, q.dtype, q.device, current, scale, causal)
@@ -222,7 +222,7 @@ def _detached(*tensors: Tensor) -> list[Tensor]:
     return [x.detach() if x.requires_grad else x for x in tensors]
 
 
-def _stepping(x: Tensor) -> Tensor:
+def stepping(x: Tensor) -> Tensor:
     """Return a tensor to write whose every stride is positive: the interface refuses 0, as that of a broadcast.
 
     Views of rows have strides of 0 along dimensions of size 1, where no stride means anything.
