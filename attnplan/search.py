@@ -304,7 +304,8 @@ def _option(
     *,
     measured: bool = False,
 ) -> Option:
-    automatic = schedule.automatic and (backend.automatic or (measured and backend.compiles and bool(schedule.tested)))
+    automatic = schedule.is_automatic(spec.training)
+    automatic &= backend.automatic or (measured and backend.compiles and bool(schedule.tested))
     reasons = [*backend.missing(schedule, target), *fusion_missing(lowered.graph, target), *more]
     reasons += _pinned(lowered.strategy, backend.name, automatic, *pins)
     reasons += backend.refuse(lowered.graph, spec, schedule, target.device)

@@ -1,8 +1,8 @@
 """Several processes that measure a grid on one device: they compile at once, and race one at a time.
 
 Nearly all the time of a grid is spent in first calls, where kernels are compiled and libraries choose among theirs. So
-each process plans a spec and checks its contestants beside the others. While one races, none of the others uses the
-device, though their compilers go on. Races come in batches: the gate stays open until a few processes are ready or
+each process plans a spec and checks its contestants beside the others. While one races, the others are stopped: none of
+them uses the device, nor the cores that the racing process calls from. Races come in batches: the gate stays open until a few processes are ready or
 one has waited, then closes; each process stops before its next first call, and those that are ready race in turn.
 """
 
@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -67,6 +68,23 @@ class Worker:
     size: int = 0
     """Bytes that it may need beside them while it is."""
     alone: bool = False
+    paused: float = 0.0
+    """When it was stopped, as it would work on the host while another races; 0 while it goes on."""
+
+    def pause(self) -> None:
+        """Stop it for a race: compilers on all cores make a call's host time two to three times what it is."""
+        if not self.asks and self.doing != "idle" and not self.paused and self.process.poll() is None:
+            self.process.send_signal(signal.SIGSTOP)
+            self.paused = time.monotonic()
+
+    def resume(self) -> float:
+        """Let it go on, and return for how long it was stopped, which counts as nothing that it did."""
+        if not self.paused:
+            return 0.0
+        self.process.send_signal(signal.SIGCONT)
+        seconds, self.paused = time.monotonic() - self.paused, 0.0
+        self.since += seconds
+        return seconds
 
     def tell(self, message: Row) -> None:
         assert self.process.stdin is not None
@@ -84,7 +102,7 @@ class Worker:
 
     @property
     def hung(self) -> bool:
-        if self.asks or self.doing == "idle":
+        if self.asks or self.paused or self.doing == "idle":
             return False
         limit = PATIENCE_FOR_COMPILERS if self.compiler else PATIENCE.get(self.doing, PATIENCE_FOR_ONE)
         return self.waited > limit
@@ -243,6 +261,7 @@ class Crew:
         self._hand_out()
         if any(w.doing == RACE and not w.asks for w in self.workers):
             return
+        self.spent["stopped for a race"] += sum(w.resume() for w in self.workers)
         ready = sorted((w for w in self.workers if w.asks == RACE), key=lambda w: w.since)
         if not ready:
             self.open = True
@@ -252,6 +271,9 @@ class Crew:
             self._let_in()
         if ready and not any(w.on_device for w in self.workers):
             self.open = False
+            for other in self.workers:
+                if other is not ready[0]:
+                    other.pause()
             self._let(ready[0])
 
     def _let_in(self) -> None:

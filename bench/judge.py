@@ -47,14 +47,12 @@ class Timed:
     """None for calls by hand, and for graphs that the spec no longer has."""
     peak: int | None = None
     """Predicted bytes beside inputs and output."""
+    automatic: bool = False
+    """Whether the planner may choose it by itself."""
 
     @property
     def seconds(self) -> float:
         return float(self.row["seconds"])
-
-    @property
-    def automatic(self) -> bool:
-        return self.sample is not None and self.row["backend"] != "compiled"
 
 
 @attrs.frozen(eq=False)
@@ -127,7 +125,8 @@ def read(paths: Sequence[Path]) -> tuple[Device, list[Judged], int]:
                     stale += 1
                     continue
                 sample = _sample(row, *known[name][1:3], device)
-            ways.append(Timed(name, row, sample, known[name][3] if sample is not None else None))
+            more = known[name][3:] if sample is not None else (None, False)
+            ways.append(Timed(name, row, sample, *more))
         if any(w.automatic for w in ways):
             judged.append(Judged(case, tuple(ways), tuple(_stand_ins(rows_of, known))))
     return device, judged, stale
@@ -140,15 +139,19 @@ def _target(device: Device) -> Any:
     return Target(device, None)
 
 
-def priceable(case: Case, device: Device) -> dict[str, tuple[str, Any, Any, int]]:
-    """Return graph's digest, setting, kernel and predicted peak of each candidate that accepts a spec."""
+Known = tuple[str, Any, Any, int, bool]
+
+
+def priceable(case: Case, device: Device) -> dict[str, Known]:
+    """Return graph's digest, setting, kernel, predicted peak and whether auto may take it, of what accepts a spec."""
     found = {}
     for candidate, way in every_way(case.spec, _target(device)):
         if way is not None:
             kernel = way.schedule.priced
             setting = Setting.of(way.lowered.graph, case.spec, kernel)
             peak = candidate.prediction.peak_bytes if candidate.prediction else 0
-            found[candidate.name] = (digest(way.lowered.graph), setting, kernel, peak)
+            automatic = way.backend.automatic and way.schedule.is_automatic(case.spec.training)
+            found[candidate.name] = (digest(way.lowered.graph), setting, kernel, peak, automatic)
     return found
 
 
@@ -157,12 +160,12 @@ OVER_BY_HAND = 2.5e-5
 STAND_INS = {"by hand: cudnn": "dense > eager (cudnn)", "by hand: fa4": "dense > flash (fa4)"}
 
 
-def _stand_ins(rows: Mapping[str, Row], known: Mapping[str, tuple[str, Any, Any, int]]) -> Iterator[Sample]:
+def _stand_ins(rows: Mapping[str, Row], known: Mapping[str, Known]) -> Iterator[Sample]:
     for hand, name in STAND_INS.items():
         if hand in rows and name in known and name not in rows:
             row = rows[hand]
             on_device = alone(row["seconds"], row["device"], row["host"])
-            _, setting, kernel, _ = known[name]
+            _, setting, kernel, *_ = known[name]
             host = row["host"] + OVER_BY_HAND if row["burst"] > 1 else None  # alone, it slept before
             yield Sample.of(loads(setting), setting.spec, kernel, None, on_device, host)
 

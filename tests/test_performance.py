@@ -104,7 +104,7 @@ def test_regret_is_against_the_best_of_a_kind(rows):
     assert judge.losses([one], lambda j: fastest) == [0.0]
     assert judge.losses([one], lambda j: slowest) == [slowest.seconds / fastest.seconds - 1]
     row = {**fastest.row, "kind": "peer", "backend": "sdpa", "seconds": fastest.seconds / 2}
-    hand = attrs.evolve(fastest, name="by hand: sdpa", sample=None, row=row)
+    hand = attrs.evolve(fastest, name="by hand: sdpa", sample=None, automatic=False, row=row)
     beside = attrs.evolve(one, ways=(*one.ways, hand))
     assert judge.losses([beside], lambda j: fastest) == [0.0], "a call by hand is no candidate"
     assert judge.losses([beside], lambda j: fastest, "best") == [1.0]

@@ -63,10 +63,16 @@ class Schedule:
     """Where it has been run; empty if it never has."""
     automatic: bool = True
     """Whether ``backend="auto"`` may choose it."""
+    trains_by_name: bool = False
+    """Whether ``backend="auto"`` may choose it only where nothing is trained."""
     packages: tuple[str, ...] = ()
     """The package that it needs beside those of its backend: any one of these, each the only thing it needs."""
     modules: tuple[str, ...] = ()
     """Modules that hold its kernel: the first that can be imported is used."""
+
+    def is_automatic(self, training: bool) -> bool:
+        """Return whether ``backend="auto"`` may choose it."""
+        return self.automatic and not (training and self.trains_by_name)
 
     def tiling(self, training: bool) -> tuple[tuple[int, int], int | None] | None:
         """Return tile and chunk, None if it has no tiles."""

@@ -114,6 +114,8 @@ def _fused(graph: Graph, spec: AttentionSpec, schedule: Schedule, device: Device
     if schedule.name == "efficient":
         limits = attrs.evolve(limits, multiple=efficient_alignment(spec.dtype, device))
         yield from float32_reason(spec, device)
+    if schedule.name == "cudnn" and capability == (9, 0):
+        limits = attrs.evolve(limits, widest=256)
     yield from reasons(limits, schedule.native, graph, spec, device)
     if schedule.name == "flash" and capability in NO_WIDE_BACKWARD and 192 < spec.head_dim <= 224:
         where = f"on compute capability {dotted(capability)}"
