@@ -2,8 +2,9 @@
 
 Nearly all the time of a grid is spent in first calls, where kernels are compiled and libraries choose among theirs. So
 each process plans a spec and checks its contestants beside the others. While one races, the others are stopped: none of
-them uses the device, nor the cores that the racing process calls from. Races come in batches: the gate stays open until a few processes are ready or
-one has waited, then closes; each process stops before its next first call, and those that are ready race in turn.
+them uses the device, nor the cores from which the racing process calls. Races come in batches: the gate stays open
+until a few processes are ready or one has waited, then closes; each process stops before its next first call, and those
+that are ready race in turn.
 """
 
 from __future__ import annotations
