@@ -157,27 +157,33 @@ def summary(found: Rows, least_rows: int = LEAST_ROWS) -> dict[str, Any]:
 
 
 def draw(found: Rows, path: Path) -> None:
-    """Draw time against budget, both relative to those of the fastest plan."""
+    """Draw time against budget, both relative to those of the fastest plan, of each spec with two budgets or more."""
     from matplotlib.figure import Figure
+
+    from bench.blocks_plot import save
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
+    title = ""
     for name in dict.fromkeys(r["name"] for r in found if "seconds" in r):
         mine = [r for r in found if r["name"] == name and "seconds" in r]
+        if len(mine) < 2:  # the fastest plan alone says nothing of budgets
+            continue
         shares = [r["budget"] / mine[0]["budget"] for r in mine]
         (line,) = axes.plot(shares, [r["over_the_fastest"] for r in mine], marker="o", markersize=4, label=name)
         small = [
             (s, r["over_the_fastest"]) for s, r in zip(shares, mine, strict=True) if r["rows_of_piece"] < LEAST_ROWS
         ]
         if small:
+            title = f"empty circles: pieces of fewer than {LEAST_ROWS:,} rows"
             axes.plot(*zip(*small, strict=True), "o", markerfacecolor="white", color=line.get_color(), markersize=6)
     axes.set_xscale("log", base=2)
     axes.invert_xaxis()
     axes.set_xlabel("memory budget, as a share of what the fastest plan needs")
     axes.set_ylabel("time, as a multiple of the fastest plan's")
     axes.grid(visible=True, alpha=0.3)
-    axes.legend(title=f"empty circles: pieces of fewer than {LEAST_ROWS:,} rows", fontsize="small")
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    axes.legend(title=title or None, fontsize="small")
+    save(figure, path, found)
 
 
 def main() -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from math import log2
+from math import ceil, log2
 from typing import Any
 
 Row = dict[str, Any]
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 720, 380, 70, 30, 190, 50
 _COLOURS = ("#0b6e4f", "#c1440e", "#3a5a9b", "#8a6d3b", "#7a4e9f", "#555555")
+_STEPS = [10.0**power * lead for power in range(-3, 9) for lead in (1, 2, 5)]
+"""Distances of the lines of the grid; at most five are drawn above the first."""
 
 
 def series(rows: list[Row]) -> dict[str, list[tuple[int, float]]]:
-    """Return (tokens, nanoseconds a token) of each contestant, by length.
+    """Return (tokens, nanoseconds a token) of each contestant, by length; the planner's choice replayed, too.
 
     Examples
     --------
@@ -21,6 +23,9 @@ def series(rows: list[Row]) -> dict[str, list[tuple[int, float]]]:
     found: dict[str, list[tuple[int, float]]] = {}
     for row in sorted((r for r in rows if "ms" in r), key=lambda r: r["tokens"]):
         found.setdefault(row["name"], []).append((row["tokens"], row["ms"] * 1e6 / row["tokens"]))
+        if row["name"] == "plan auto" and "graph_ms" in row:  # without what the host adds
+            replayed = found.setdefault("plan auto, CUDA graph", [])
+            replayed.append((row["tokens"], row["graph_ms"] * 1e6 / row["tokens"]))
     return found
 
 
@@ -52,7 +57,9 @@ def svg(rows: list[Row]) -> str:
     if not lines:
         raise ValueError("no row has a time: there is nothing to draw")
     lengths = sorted({tokens for points in lines.values() for tokens, _ in points})
-    top = 1.15 * max(ns for points in lines.values() for _, ns in points)
+    highest = max(ns for points in lines.values() for _, ns in points)
+    step = next(s for s in _STEPS if highest <= 5 * s)
+    top = step * ceil(highest / step)
     low, span = log2(lengths[0]), max(log2(lengths[-1]) - log2(lengths[0]), 1.0)
 
     def at(tokens: int, ns: float) -> tuple[float, float]:
@@ -68,8 +75,8 @@ def svg(rows: list[Row]) -> str:
         x, y = at(tokens, 0)
         made.append(f'<text x="{x}" y="{y + 18}" text-anchor="middle">{_short(tokens)}</text>')
         made.append(f'<line x1="{x}" y1="{y}" x2="{x}" y2="{y + 4}" stroke="black"/>')
-    for part in range(5):
-        ns = top * part / 4
+    for part in range(round(top / step) + 1):
+        ns = step * part
         (x, y), (end, _) = at(lengths[0], ns), at(lengths[-1], ns)
         made.append(f'<line x1="{x}" y1="{y}" x2="{end}" y2="{y}" stroke="#dddddd"/>')
         made.append(f'<text x="{x - 8}" y="{y + 4}" text-anchor="end">{ns:.3g}</text>')

@@ -1,9 +1,10 @@
-"""Writes what docs/performance.md says about the planner, from committed rows.
+"""Writes what docs/performance.md says about targets and about the planner, from committed rows.
 
     python -m bench.performance             rewrites the part of docs/performance.md between the marks
     python -m bench.performance --check     exits with 1 if it is out of date
 
-Rows are ``bench/results/regret-DEVICE*.json``, judgements ``bench/results/judged-DEVICE.json`` of ``bench.regret``.
+Targets are those of ``bench.targets``. The planner's rows are ``bench/results/regret-DEVICE*.json``, and judgements
+``bench/results/judged-DEVICE.json`` of ``bench.regret``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Any
 
 from attnplan.cost import catalogue
 from attnplan.harness.rows import read_rows
+from bench import targets
 from bench.grid import FAMILIES, GRIDS
+from bench.targets_longnet import longnet, timeline, times
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
@@ -62,11 +65,75 @@ def rows_of(device: str) -> tuple[Row, dict[str, list[Row]]]:
 def page() -> str:
     """Return the generated part of the page."""
     lines = [BEGIN, ""]
+    lines += reached()
+    known = len(lines)
     for device in devices():
         lines += section(device)
-    if len(lines) == 2:
+    if len(lines) == known:
         lines += ["No rows are committed yet.", ""]
     return "\n".join([*lines, END])
+
+
+PARTS = {
+    "GPU backends": (
+        targets.backends,
+        "One H100, bfloat16, medians of 50 interleaved rounds. Host time is of calls that the device does not hold up.",
+    ),
+    "FlexAttention, and compiled models": (
+        targets.compiled,
+        "`auto` does not take FlexAttention by price, because it takes seconds to compile; `tune=True` measures it.\n"
+        "flash-attn 4 was not installed in that run, so that `auto` had torch's kernels only. Graphs, breaks and\n"
+        "recompilations are counted by tests.",
+    ),
+    "LongNet": (
+        longnet,
+        "A: 65,536 tokens, 12 heads of 64, segments 2,048 to 32,768, rates 1 to 16. B: 131,072 tokens, 16 heads of\n"
+        "128, segments 4,096 to 131,072, rates 1, 4, 16, 16. gA and gB: the same with grouped heads; the published\n"
+        "class, by xformers, computes another normalisation. The plan is the one that `auto` chose; kernels alone are\n"
+        "attention on rows that lie gathered, the fastest of the run. `cuDNN` and `flash-attn 4` are two\n"
+        "environments, each one run; where flash-attn 4 is, kernels alone are the faster of both.",
+    ),
+    "Memory": (
+        targets.memory,
+        "Predicted and measured are bytes beside q, k, v and the output. That refusals are right is tried by tests.",
+    ),
+    "Several ranks": (
+        targets.rings,
+        "In per cent of one GPU's time on the whole, divided by the number of GPUs; bfloat16, 32 heads, 8 for keys\n"
+        "and values, 128 features. Parity, bytes, hops and dry runs are asserted by tests.\n"
+        "Where the time went: [rings](ring.md#where-the-time-goes).",
+    ),
+}
+"""Headings of targets, what makes them, and how they were measured."""
+
+
+def reached() -> Iterator[str]:
+    """Return a table of every target beside its figure."""
+    yield "## Targets"
+    yield ""
+    made, known = {}, targets.Results(RESULTS)
+    for title, (make, _) in PARTS.items():
+        mine = targets.Results(RESULTS)
+        made[title] = (list(make(mine)), mine)
+    every = [t for found, _ in made.values() for t in found]
+    met, missed = sum(t.met is True for t in every), sum(t.met is False for t in every)
+    yield f"{len(every)} figures are beside what was wanted before the work began: {met} met, {missed} missed, and"
+    yield f"{len(every) - met - missed} not measured yet. Missed ones say what the rows say of the reason."
+    yield ""
+    for title, (found, mine) in made.items():
+        yield f"### {title}"
+        yield ""
+        yield from PARTS[title][1].splitlines()
+        if mine.used:
+            yield f"Rows: {', '.join(f'`{name}.json`' for name in mine.used)}."
+        yield ""
+        yield "| what | wanted | measured | | remark |"
+        yield "|---|---|---|---|---|"
+        yield from (t.line() for t in found)
+        yield ""
+        if title == "LongNet" and mine.used:
+            yield from times(known)
+            yield from timeline(known)
 
 
 def section(device: str) -> Iterator[str]:

@@ -288,7 +288,10 @@ def test_a_compiler_that_fails_asks_for_the_device_all_the_same():
 
 def test_compilers_are_watched_once(monkeypatch):
     callback = pytest.importorskip("torch._dynamo.callback")
-    handler = type("Handler", (callback.CompilationCallbackHandler,), {})
+    installs = callback.CompilationCallbackHandler.install_callbacks
+    while hasattr(installs, "watched"):
+        installs = installs.__wrapped__
+    handler = type("Handler", (callback.CompilationCallbackHandler,), {"install_callbacks": installs})
     fake = types.SimpleNamespace(CompilationCallbackHandler=handler)
     monkeypatch.setitem(sys.modules, "torch._dynamo.callback", fake)
     jit = type("JITFunction", (), {"_do_compile": lambda self, key: f"{key} compiled"})
@@ -317,6 +320,8 @@ def test_compilers_are_watched_once(monkeypatch):
 def test_a_compiler_of_another_version_is_left_alone_and_said_once(monkeypatch, capsys):
     monkeypatch.setattr("bench.compilers._UNKNOWN", set())
     monkeypatch.setitem(sys.modules, "triton.runtime.jit", types.SimpleNamespace(JITFunction=object))
+    for compiler in ("torch._dynamo.callback", "cutlass.cute"):  # the real ones stay as they are for other tests
+        monkeypatch.delitem(sys.modules, compiler, raising=False)
     watch(contextlib.nullcontext)
     watch(contextlib.nullcontext)
     assert capsys.readouterr().err.count("Triton is not watched") == 1

@@ -11,7 +11,17 @@ from attnplan.cost import price
 from attnplan.harness import write_rows
 from attnplan.harness.entrants import digest
 from attnplan.search import every_way
-from bench import grid, judge, performance, transfer
+from bench import (
+    blocks_plot,
+    budget_curve,
+    grid,
+    judge,
+    longnet_lengths_plot,
+    performance,
+    targets,
+    targets_longnet,
+    transfer,
+)
 from bench.regret import summary as regret_summary
 
 
@@ -155,3 +165,157 @@ def test_the_page_is_made_of_rows_and_judgements(rows, judgement, tmp_path, monk
     assert again == f"before\n{text}\nafter\n"
     assert performance.updated("a page\n") == f"a page\n\n{text}\n"
     assert "dense" in regret_summary(rows[1])
+
+
+# ------------------------------------------------------------------------------------------------------------- targets
+
+
+def put(folder, name, rows, **more):
+    (folder / f"{name}.json").write_text(json.dumps({"rows": rows, **more}))
+    return targets.Results(folder)
+
+
+def of(found, what):
+    (one,) = [t for t in found if what in t.what]
+    return one
+
+
+def test_what_has_no_rows_is_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(performance, "RESULTS", tmp_path)
+    empty = targets.Results(tmp_path)
+    for make, _ in performance.PARTS.values():
+        for target in make(empty):
+            assert target.met is None, target.what
+            assert "| - | not measured |" in target.line()
+    text = "\n".join(performance.reached())
+    assert ": 0 met, 0 missed, and" in text
+    assert all(f"### {title}" in text for title in performance.PARTS)
+    assert not empty.used
+
+
+def test_limits_are_met_at_themselves_and_nothing_is_rounded_towards_them():
+    assert targets.at_most("x", 1.02, 1.02).met is True
+    assert targets.at_most("x", 1.0200001, 1.02).met is False
+    assert targets.at_least("x", 0.95, 0.95).met is True
+    assert targets.at_least("x", 0.9499999, 0.95).met is False
+
+
+def test_one_spec_that_differs_is_a_disagreement(tmp_path):
+    told = [{"status": s} for s in ("agrees", "agrees", "differs", "failed", "refused")]
+    found = list(targets.agreement(put(tmp_path, "cross-validation-fa4-h100", [], matrices=[{"results": told}])))
+    one = of(found, "with fa4")
+    assert (one.figure, one.met) == ("1", False)
+    assert one.note == "3 runs of 1 specs; 1 more raised, which is refused now"
+    assert of(found, "with xformers").met is None
+    put(tmp_path, "cross-validation-fa4-h100", [], matrices=[{"results": told[:2]}])
+    assert of(targets.agreement(targets.Results(tmp_path)), "with fa4").met is True
+
+
+def test_a_survivor_that_named_nobody_is_missed(tmp_path):
+    whole = {"fault": "death", "times": 20, "named": 20, "slowest_s": 7.0}
+    found = list(targets.rings(put(tmp_path, "ring-faults-cpu", [whole], timeout_s=2.0)))
+    assert of(found, "faults that all survivors name").met is True
+    assert of(found, "the slowest of them").met is True
+    for one in ({"named": 19}, {"named": 19, "times": 19}):
+        results = put(tmp_path, "ring-faults-cpu", [whole, whole | one | {"slowest_s": 7.1}], timeout_s=2.0)
+        found = list(targets.rings(results))
+        assert of(found, "faults that all survivors name").figure == "50 %"
+        assert of(found, "faults that all survivors name").met is False
+        assert of(found, "the slowest of them").met is False
+
+
+def test_budgets_count_what_ran_and_what_was_off(tmp_path):
+    good = {"name": "full", "measured": 10, "predicted": 11, "fits": True, "below": False, "close": True}
+    bad = good | {"name": "window", "predicted": 20, "fits": False, "below": True, "close": False}
+    rows = [*[good] * 78, {"name": "causal", "refused": "too small"}, {"name": "causal", "skipped": "no time"}]
+    found = list(targets.budgets(put(tmp_path, "memory-h100", rows), "H100", "memory-h100"))
+    assert [t.met for t in found] == [False, True, True, True]
+    assert (found[0].figure, found[1].note) == ("79", "of 78 measured")
+    found = list(targets.budgets(put(tmp_path, "memory-h100", [*rows, bad]), "H100", "memory-h100"))
+    assert [t.met for t in found] == [True, False, False, False]
+    assert found[3].note == "the worst: 2.00 x, window"
+
+
+def test_only_pieces_of_enough_rows_count_for_halving(tmp_path):
+    mib = 2**20
+    rows = [{"name": "causal", "choice": "dense", "seconds": 1.0, "rows_of_piece": n, "over_twice_the_budget": t,
+             "predicted": p * mib, "measured": 100 * mib}
+            for n, t, p in ((8192, 1.02, 130), (4096, 1.11, 131), (4095, 3.0, 200))]  # fmt: skip
+    found = list(targets.memory(put(tmp_path, "budget-curve-h100", rows)))
+    one, off = of(found, "halving a budget"), of(found, "these: predicted above")
+    assert (one.figure, one.met) == ("1.110", False)
+    assert (off.figure, off.met, off.note) == ("1", False, "1.31 x: `dense`")
+    put(tmp_path, "budget-curve-h100", [r | {"measured": r["predicted"] - 16 * mib} for r in rows])
+    assert of(targets.memory(targets.Results(tmp_path)), "these: predicted above").met is True
+
+
+def longnet_rows(auto, hand, *, backward=False, auto_host=0.1):
+    where = {"case": "A", "causal": False, "backward": backward}
+    one = {**where, "host_ms": 0.1, "peak_mib": 10}
+    graphs = {} if backward else {"graph_ms": 1.0}
+    return [
+        {**where, "auto": "lattice-views > eager (cudnn)", "moved_mib": 3, "compulsory_mib": 2},
+        {**one, "name": "kernels cudnn", "ms": 1.0, **graphs},
+        {**one, "name": "plan views cudnn", "ms": hand, **graphs},
+        {**one, "name": "plan auto", "ms": auto, **graphs, "host_ms": auto_host},
+    ]
+
+
+def test_missed_targets_of_longnet_say_what_the_rows_say(tmp_path):
+    results = put(tmp_path, "longnet-forward-h100", longnet_rows(1.6, 1.1, auto_host=1.5))
+    found = list(targets_longnet.longnet(results))
+    ratio = of(found, "A forward: plan / kernels alone, cuDNN")
+    choice = of(found, "A forward: auto / best plan by hand")
+    assert (ratio.met, choice.met) == (False, False)
+    assert ratio.note == "1.000 when both are replayed from CUDA graphs; host 1.50 of 1.60 ms"
+    assert choice.note == "the same plan, timed twice; host 1.50 of 1.60 ms"
+    assert "| A forward | cuDNN | 1.60 | 1.00 | - | - | - | 3 | 2 |" in list(targets_longnet.times(results))
+    results = put(tmp_path, "longnet-training-h100", longnet_rows(1.3, 1.3, backward=True))
+    found = list(targets_longnet.longnet(results))
+    assert of(found, "A forward + backward: plan / kernels alone").note.startswith("host 0.10 of 1.30 ms; the device's")
+    put(tmp_path, "longnet-forward-h100", longnet_rows(1.15, 1.15))
+    assert of(targets_longnet.longnet(targets.Results(tmp_path)), "A forward: plan / kernels alone").met is True
+
+
+def test_the_timeline_tells_kernels_from_the_ranges_around_them(tmp_path):
+    where = {"case": "A", "causal": False, "backward": False, "span_us": 1.0, "gaps_us": 500.0}
+    alone = [{"kernel": "cudnn_x_fprop", "calls": 5.0, "us": 1000.0}]
+    plan = [
+        {"kernel": "cudnn_x_fprop", "calls": 9.0, "us": 1100.0},
+        {"kernel": "attnplan: %6 attend", "calls": 1.0, "us": 1100.0},
+        {"kernel": "attnplan: %9 pull_kernel", "calls": 1.0, "us": 100.0},
+        {"kernel": "pull_kernel", "calls": 1.0, "us": 100.0},
+    ]
+    rows = [{**where, "name": "timeline kernels cudnn", "kernels": alone},
+            {**where, "name": "timeline views cudnn", "kernels": plan}]  # fmt: skip
+    text = "\n".join(targets_longnet.timeline(put(tmp_path, "longnet-timeline-h100", rows)))
+    assert "| A forward | 5 | 9 | 1.00 | 1.10 | 0.10 | 1.200 | 0.50 |" in text
+    assert list(targets_longnet.timeline(put(tmp_path, "longnet-timeline-h100", rows[:1]))) == []
+
+
+def test_pictures_are_those_of_their_rows(tmp_path):
+    pictures = performance.ROOT / "docs" / "img"
+
+    def rows(name):
+        return json.loads((performance.RESULTS / f"{name}.json").read_text())["rows"]
+
+    assert (pictures / "longnet-lengths.svg").read_text() == longnet_lengths_plot.svg(rows("longnet-lengths-h100"))
+    blocks = blocks_plot.points(rows("gpu-backends-fa4-h100"))
+    curve = rows("budget-curve-h100")
+    for picture, data in (("random-blocks.svg", blocks), ("time-budget.svg", curve)):
+        assert f"data {blocks_plot.digest(data)}<" in (pictures / picture).read_text(), f"{picture} is out of date"
+    blocks_plot.draw(rows("gpu-backends-fa4-h100"), tmp_path / "blocks.svg")
+    budget_curve.draw(curve, tmp_path / "curve.svg")
+    assert blocks_plot.digest(blocks) in (tmp_path / "blocks.svg").read_text()
+    assert blocks_plot.digest(curve) in (tmp_path / "curve.svg").read_text()
+    text = (tmp_path / "curve.svg").read_text()
+    assert "LongNet, 1048576 tokens" in text
+    assert "causal, 65536 tokens" not in text, "one budget is no curve"
+
+
+def test_a_plan_that_was_replayed_is_drawn_beside_itself():
+    rows = [{"name": "plan auto", "tokens": 1000, "ms": 2.0, "graph_ms": 1.0}]
+    assert longnet_lengths_plot.series(rows) == {
+        "plan auto": [(1000, 2000.0)],
+        "plan auto, CUDA graph": [(1000, 1000.0)],
+    }
