@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-plan: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+plan: dict[str, Any] = {}
 known: set[str] = set()
 
 
@@ -53,22 +53,28 @@ def step(contestant: str, what: str, key: str, seconds: float) -> None:
     known.add(key)
 
 
-time.sleep(random.Random(os.getpid()).uniform(*plan["starting"]))
-say({"hello": {"device": "fake", "versions": {}}, "memory": 1000})
-for line in sys.stdin:
-    job = json.loads(line)
-    spec = plan["specs"][job["spec"]]
-    until = time.monotonic() + job["left"]
-    time.sleep(spec["planning"])
-    ask("its preparation", spec["preparation bytes"])
-    use("check", spec["preparation"])
-    rows = []
-    for name, steps in spec["contestants"]:
-        if time.monotonic() < until:
-            ask(name, spec["bytes"].get(name, 1))
-            for one in steps:
-                step(name, *one)
-            rows.append({"spec": job["spec"], "mode": "forward", "candidate": name, "seconds": 1e-3})
-    ask("the race")
-    use("race", spec["race"] * len(rows) / max(1, len(spec["contestants"])))
-    say({"rows": rows, "keeps": 0})
+def main() -> None:
+    plan.update(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    time.sleep(random.Random(os.getpid()).uniform(*plan["starting"]))
+    say({"hello": {"device": "fake", "versions": {}}, "memory": 1000})
+    for line in sys.stdin:
+        job = json.loads(line)
+        spec = plan["specs"][job["spec"]]
+        until = time.monotonic() + job["left"]
+        time.sleep(spec["planning"])
+        ask("its preparation", spec["preparation bytes"])
+        use("check", spec["preparation"])
+        rows = []
+        for name, steps in spec["contestants"]:
+            if time.monotonic() < until:
+                ask(name, spec["bytes"].get(name, 1))
+                for one in steps:
+                    step(name, *one)
+                rows.append({"spec": job["spec"], "mode": "forward", "candidate": name, "seconds": 1e-3})
+        ask("the race")
+        use("race", spec["race"] * len(rows) / max(1, len(spec["contestants"])))
+        say({"rows": rows, "keeps": 0})
+
+
+if __name__ == "__main__":
+    main()

@@ -47,6 +47,7 @@ def test_the_cases_take_every_way():
     taken = Counter(way(plan) for case in CASES.values() for plan in every_plan(case.spec))
     assert sorted(taken) == [
         "blocks > eager (flash)",
+        "blocks-rows > eager (flash)",
         "decompose > eager (flash)",
         "decompose > eager (math)",
         "dense > eager (flash)",
@@ -55,6 +56,7 @@ def test_the_cases_take_every_way():
         "lattice > eager (math)",
         "naive > reference (float64)",
     ]
+    assert taken.pop("blocks-rows > eager (flash)") == 4, "every case in which a row sees all keys, and some do not"
     assert min(taken.values()) > 10
 
 
