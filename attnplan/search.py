@@ -32,6 +32,8 @@ from attnplan.passes import (
     Views,
 )
 from attnplan.passes.pipeline import Memo
+from attnplan.patterns.base import Not, Or
+from attnplan.patterns.keys import GlobalTokens
 from attnplan.spec import AttentionSpec
 from attnplan.units import format_bytes
 
@@ -147,11 +149,15 @@ def lowerings(spec: AttentionSpec, tiling: Tiling | None = None, *, fused: bool 
     its kernel.
     """
     found: list[Lowered] = []
+    unions = any(isinstance(p, Or | Not | GlobalTokens) for branch in spec.branches for p in branch.walk())
     for name, pipeline in pipelines(tiling, (spec.layout, spec.batch) if fused else None).items():
-        graph, steps = pipeline.run(*_start(spec), _memo(spec))
-        same = [i for i, other in enumerate(found) if graph == other.graph and other.strategy != "naive"]
-        if not same and _cuts_no_rows(steps):
-            same = [i for i, other in enumerate(found) if "blocks" in (other.strategy, *other.also)]
+        blocks = [i for i, other in enumerate(found) if "blocks" in (other.strategy, *other.also)]
+        if name == "blocks-rows" and not unions:  # no row sees every key beside others that do not
+            same = blocks
+        else:
+            graph, steps = pipeline.run(*_start(spec), _memo(spec))
+            same = [i for i, other in enumerate(found) if graph == other.graph and other.strategy != "naive"]
+            same = blocks if not same and _cuts_no_rows(steps) else same
         if same:
             found[same[0]] = attrs.evolve(found[same[0]], also=(*found[same[0]].also, name))
         else:

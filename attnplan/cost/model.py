@@ -191,19 +191,18 @@ class _Clock:
     def op(self, load: Load) -> OpCost:
         if load.forward is FREE and load.backward is FREE:
             return _free(load.node)
-        cost = load.forward + load.backward
-        forward = self._device(load, load.forward, self.kernel.forward, self.kernel.causal, 1.0)
-        host = self._host(load, load.forward, self.kernel.host)
-        parts = [forward]
+        cost, host = load.forward, self._host(load, load.forward, self.kernel.host)
+        compute, memory, start = self._device(load, cost, self.kernel.forward, self.kernel.causal, 1.0)
+        seconds = max(compute, memory) + start
         if load.backward is not FREE:
-            parts.append(
-                self._device(load, load.backward, self.kernel.backward, self.kernel.causal_backward, self.again)
-            )
+            cost += load.backward
             host += self._host(load, load.backward, self.kernel.backward_host)
-        compute, memory, start = (sum(p[i] for p in parts) for i in range(3))
+            back = self._device(load, load.backward, self.kernel.backward, self.kernel.causal_backward, self.again)
+            seconds += max(back[0], back[1]) + back[2]
+            compute, memory, start = compute + back[0], memory + back[1], start + back[2]
         if self.device.kind == "cpu":
             start += host
-        seconds = sum(max(p[0], p[1]) + p[2] for p in parts) + (host if self.device.kind == "cpu" else 0.0)
+            seconds += host
         bound = max((compute, "compute"), (memory, "memory"), (start, "launch"))[1]
         ideal = max(cost.flops / self.peak, cost.bytes / self.device.bandwidth)
         return OpCost(load.node, cost, seconds, bound, min(1.0, ideal / seconds) if seconds else 0.0, host)
