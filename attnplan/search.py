@@ -31,9 +31,8 @@ from attnplan.passes import (
     Step,
     Views,
 )
+from attnplan.passes.decompose import is_union
 from attnplan.passes.pipeline import Memo
-from attnplan.patterns.base import Not, Or
-from attnplan.patterns.keys import GlobalTokens
 from attnplan.spec import AttentionSpec
 from attnplan.units import format_bytes
 
@@ -149,10 +148,10 @@ def lowerings(spec: AttentionSpec, tiling: Tiling | None = None, *, fused: bool 
     its kernel.
     """
     found: list[Lowered] = []
-    unions = any(isinstance(p, Or | Not | GlobalTokens) for branch in spec.branches for p in branch.walk())
+    unions = any(is_union(branch) for branch in spec.branches)
     for name, pipeline in pipelines(tiling, (spec.layout, spec.batch) if fused else None).items():
         blocks = [i for i, other in enumerate(found) if "blocks" in (other.strategy, *other.also)]
-        if name == "blocks-rows" and not unions:  # no row sees every key beside others that do not
+        if name == "blocks-rows" and not unions:  # nothing that the pass would cut: not even proved again
             same = blocks
         else:
             graph, steps = pipeline.run(*_start(spec), _memo(spec))

@@ -98,7 +98,7 @@ def _visit(cut: Cut, builder: Builder, node: Node, args: tuple[int, ...]) -> int
     if not isinstance(op, Attend) or op.shift is None or op.at is not None:
         return None
     q, k = (builder.type(a).rows for a in args[:2])
-    if not (q.contiguous and k.contiguous) or not _is_union(op.where) or unread(op.where):
+    if not (q.contiguous and k.contiguous) or not is_union(op.where) or unread(op.where):
         return None
     parts = [part for heads in _head_parts(op.where, q, k) for part in cut(op.where, op.shift, *heads)]
     if not parts or parts == [Part(op.where, q, k)] or any(unread(part.where) for part in parts):
@@ -114,7 +114,7 @@ def _visit(cut: Cut, builder: Builder, node: Node, args: tuple[int, ...]) -> int
     return made[0] if whole else builder.add(Merge(_whole(builder, args[0])), *made)
 
 
-def _is_union(where: Pattern) -> bool:
+def is_union(where: Pattern) -> bool:
     """Return whether a condition has terms that cutting makes simpler."""
     return any(isinstance(p, Or | Not | Sinks | Columns | GlobalTokens | Documents) for p in where.walk())
 

@@ -63,12 +63,17 @@ class Written:
         """Choose which parts are written into a new whole of one operand, and append its making if there are any."""
         chosen = destinations(self.graph, parts, self.launches, min(operand, 1)) if self.takes else ()
         self.nodes[operand] = chosen
-        if self.operands is not None and chosen:
-            self.wholes[operand] = self.code.call_function(given_or_new, (self.operands, operand, like, features))
+        if chosen:
+            self.make_whole(operand, like, features)
         elif self.operands is not None:
             self.wholes[operand] = self.code.call_function(given, (self.operands, operand))
-        elif chosen:
+
+    def make_whole(self, operand: int, like: fx.Node, features: fx.Node) -> None:
+        """Append the making of the whole of one operand: new, or where the results of a piece go."""
+        if self.operands is None:
             self.wholes[operand] = self.code.call_function(views.empty_whole, (like, features))
+        else:
+            self.wholes[operand] = self.code.call_function(given_or_new, (self.operands, operand, like, features))
 
     def into(self, node: Node, operands: Sequence[int]) -> dict[str, Any]:
         """Append the views that the kernel of an attend writes into, and return them as its option."""
@@ -111,9 +116,7 @@ def forward_of(emitter: Emitter, code: fx.Graph, kernel: str, inputs: Sequence[f
     if join is None:
         made.places = places(emitter) if made.takes else ()
         if made.places:
-            new = (views.empty_whole, (inputs[0], inputs[2]))
-            whole = (given_or_new, (made.operands, 0, inputs[0], inputs[2])) if emitter.piece else new
-            made.wholes[0] = code.call_function(*whole)
+            made.make_whole(0, inputs[0], inputs[2])
         return made
     constant = isinstance(join.op, Mix) and join.op.rule in ("mean", "sum")
     if constant and not emitter.piece:
