@@ -26,6 +26,13 @@ from attnplan.runtime.masks import runtime_tables
 from attnplan.runtime.scores import position
 
 _KEPT_MODULES = 256
+_NARROW = 2**29
+"""Below it no sum of positions and sizes outgrows 32 bits, in which kernels compare twice as fast as in 64."""
+_aten = torch.ops.aten
+_COMPARES = {
+    *(_aten.add, _aten.sub, _aten.eq, _aten.ne, _aten.lt, _aten.le, _aten.gt, _aten.ge),
+    *(_aten.bitwise_and, _aten.bitwise_or, _aten.bitwise_not, _aten.logical_not, _aten.clamp, _aten.index),
+}
 _LIFTED: Mapping[type[Pattern], tuple[str, ...]] = {
     Band: ("left", "right"),
     Sinks: ("count",),
@@ -133,7 +140,16 @@ def condition(where: Pattern, shape: Shape, shift: int | None) -> Condition:
         raise
     except Exception as error:  # a mask(fn) may do whatever it likes
         raise SpecError(f"{where!r} cannot be traced for a compiler: {type(error).__name__}: {error}") from error
+    reach = shape.seq_len + shape.kv_len + abs(shift or 0) + sum(map(abs, sizes))
+    if reach < _NARROW and _only_compares(module):
+        known[: len(known) - len(static)] = [x.to(torch.int32) for x in known[: len(known) - len(static)]]
     return Condition(_interned(module), tuple(known), names, shift is None)
+
+
+def _only_compares(module: fx.GraphModule) -> bool:
+    """Return whether a condition forms sums of its positions and sizes at most, and no products of them."""
+    calls = {n.target.overloadpacket for n in module.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+    return calls <= _COMPARES
 
 
 def _collect(where: Pattern, sizes: list[int]) -> None:

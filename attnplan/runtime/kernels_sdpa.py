@@ -130,7 +130,7 @@ class FlashCUDA:
 
 
 class CuDNN:
-    """SDPA's cuDNN operator: half precision, whole and causal squares."""
+    """SDPA's cuDNN operator: half precision, whole and causal squares; any mask, as an additive one."""
 
     widest = 128
     groups = True
@@ -141,26 +141,40 @@ class CuDNN:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, asked: Request) -> Pair:
         """Run the forward operator."""
-        assert asked.mask is None
         assert asked.is_plain, "the operator knows no windows"
         out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, asked.causal, False, scale=asked.scale
+            q, k, v, _for_all_heads(asked, q), True, 0.0, asked.causal, False, scale=asked.scale
         )
         self.lse_dims = lse.dim()
-        return out, lse.squeeze(-1) if lse.dim() == 4 else lse
+        lse = lse.squeeze(-1) if lse.dim() == 4 else lse
+        if asked.mask is not None and asked.mask.dtype == torch.bool:
+            blank_empty_rows(asked.mask, out, lse)  # they are NaN
+        return out, lse
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, asked: Request
     ) -> Triple:
-        """Run the backward operator, whose seed and offset are read only under dropout."""
-        assert asked.mask is None
-        stats = lse.contiguous()
+        """Run the backward operator, whose seed and offset are read only under dropout.
+
+        With LSE +inf all weights of a row are 0, as those of a row without a key must be.
+        """
+        above = lse if asked.mask is None else lse.masked_fill(lse == -torch.inf, torch.inf)
+        stats = above.contiguous()
         stats = stats.unsqueeze(-1) if self.lse_dims == 4 else stats
-        seed = torch.zeros((), dtype=torch.int64, device=q.device)
+        seed = q.new_empty((), dtype=torch.int64)
         lengths = (None, None, q.shape[2], k.shape[2], 0.0)
+        given = (grad, q, k, v, out, stats, seed, seed, _for_all_heads(asked, q), *lengths)
         return _aten._scaled_dot_product_cudnn_attention_backward(  # type: ignore[no-any-return]
-            grad, q, k, v, out, stats, seed, seed, None, *lengths, asked.causal, scale=asked.scale
+            *given, asked.causal, scale=asked.scale
         )
+
+
+def _for_all_heads(asked: Request, q: Tensor) -> Tensor | None:
+    """Return what is added to scores, with one head where all have the same."""
+    bias = additive(asked.mask, q.dtype, _BIAS_ELEMENTS, asked.bias)
+    if bias is None:
+        return None
+    return (bias[:, :1] if bias.stride(1) == 0 else bias).expand(q.shape[0], -1, -1, -1)
 
 
 class Efficient:
@@ -191,7 +205,7 @@ class Efficient:
         bias = additive(heads.mask(asked.mask), q.dtype, _BIAS_ELEMENTS, heads.mask(asked.bias))
         above = lse.masked_fill(lse == -torch.inf, torch.inf)
         stats = F.pad(heads.queries(above), (0, -q.shape[2] % _LSE_ROWS), value=torch.inf).contiguous()
-        seed = torch.zeros((), dtype=torch.int64, device=q.device)
+        seed = q.new_empty((), dtype=torch.int64)
         before = (heads.queries(grad), heads.queries(q), heads.keys(k), heads.keys(v), bias)
         given = (*before, rows_first(heads.queries(out)), stats)
         dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(

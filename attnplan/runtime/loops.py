@@ -62,8 +62,9 @@ class LoopedProgram:
         self.parts = [Part(whole, keys, without_loop(graph))] if output.loop is None else list(parts(graph))
         self.sinks = output.sinks
         self.origins = {part.piece: origin(part) for part in self.parts}
-        self.bodies = [None if p.graph is None else normal(p.graph) for p in self.parts]
-        self.alike = len({b for b in self.bodies if b is not None}) == 1
+        same: dict[Graph, Graph] = {}  # equal graphs become one object, which a lookup knows without comparing
+        self.bodies = [None if p.graph is None else same.setdefault(b := normal(p.graph), b) for p in self.parts]
+        self.alike = len(same) == 1
         self.programs: dict[Graph, Body] = {}
         self.emit = emit
 

@@ -169,7 +169,7 @@ def runtime_tables(operands: Mapping[str, Tensor], kv_len: int) -> dict[str, Ten
     if "documents" in operands:
         tables["documents"] = document_ids(operands["documents"], kv_len)
     if "key_padding" in operands:
-        tables["key_padding"] = operands["key_padding"].to(torch.int64)
+        tables["key_padding"] = operands["key_padding"].to(torch.int32)
     return tables
 
 
@@ -179,11 +179,11 @@ def document_ids(boundaries: Tensor, length: int) -> Tensor:
     Examples
     --------
     >>> document_ids(torch.tensor([0, 2, 5]), 5)
-    tensor([[0, 0, 1, 1, 1]])
+    tensor([[0, 0, 1, 1, 1]], dtype=torch.int32)
     """
     ends = boundaries.reshape(-1, boundaries.shape[-1])[:, 1:].contiguous()
     positions = torch.arange(length, device=boundaries.device, dtype=ends.dtype).expand(ends.shape[0], -1)
-    return torch.searchsorted(ends, positions.contiguous(), right=True)
+    return torch.searchsorted(ends, positions.contiguous(), right=True, out_int32=True)
 
 
 def check_operands(operands: Mapping[str, Any], sizes: tuple[int, int, int, int], device: torch.device) -> None:

@@ -17,6 +17,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from attnplan.runtime.fused.maps import Packing, Source
+from attnplan.runtime.fused.pull import PullMerge
+
 TILE = 128
 LEAST = 1024
 """Keys of a piece, at least."""
@@ -74,8 +77,15 @@ def split_attention(packed: Packed, q: Tensor, k: Tensor, v: Tensor, pieces: int
     cu_q, cu_k, longest = _boundaries(rows, k.shape[1], pieces, q.device)
     copies = q.expand(pieces, -1, -1, -1).flatten(0, 1)
     out, lse = packed(copies, k[0], v[0], cu_q, cu_k, rows, longest)
-    parts = lse.view(heads, pieces, rows)
-    total = torch.logsumexp(parts, 1)
-    weights = torch.exp(parts - total.unsqueeze(1)).permute(1, 2, 0).unsqueeze(-1)
-    merged = (out.view(pieces, rows, heads, -1) * weights).sum(0)
-    return merged.to(q.dtype).unsqueeze(0), total.unsqueeze(0)
+    by_piece = out.view(pieces, rows, heads, -1).transpose(1, 2), lse.view(heads, pieces, rows).transpose(0, 1)
+    merged, total = _join(heads, rows, pieces)(q.transpose(1, 2), by_piece[:1], by_piece[1:])
+    assert total is not None
+    return merged.transpose(1, 2), total
+
+
+@lru_cache(maxsize=64)
+def _join(heads: int, rows: int, pieces: int) -> PullMerge:
+    """Return what joins outputs ``[pieces, H, R, Dv]`` of the same rows: parts of one softmax, as those of a union."""
+    place = 0, 0, ((heads, 1, 0), (rows, 0, 1))
+    packing = Packing((place,) * pieces, ((),) * pieces, ((0,),) * pieces)
+    return PullMerge([Source(0, place, packing, part) for part in range(pieces)], disjoint=False)

@@ -131,7 +131,7 @@ def tables_by_shift(
     --------
     >>> operands = {"q_offset": torch.tensor([3, 1]), "documents": torch.tensor([0, 2, 4])}
     >>> tables_by_shift(operands, None, 4)
-    [(3, {'documents': array([[0, 0, 1, 1]])}), (1, {'documents': array([[0, 0, 1, 1]])})]
+    [(3, {'documents': array([[0, 0, 1, 1]], dtype=int32)}), (1, {'documents': array([[0, 0, 1, 1]], dtype=int32)})]
     """
     tables = {name: t.cpu().numpy() for name, t in runtime_tables(operands, kv_len).items()}
     if shift is not None:

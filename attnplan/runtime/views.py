@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -134,6 +135,14 @@ def with_features_in_line(x: Tensor) -> Tensor:
 
 def _is_aligned(x: Tensor) -> bool:
     size = x.element_size()
-    offset = 0 if torch.compiler.is_compiling() else x.storage_offset()  # a trace does not know it
-    starts = [offset, *(step for step, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1)]
-    return all(start * size % _ALIGNED == 0 for start in starts)
+    if torch.compiler.is_compiling():  # a trace does not know where a tensor starts, and takes no cache up
+        return _steps_align(x.stride(), x.shape, size)
+    return x.storage_offset() * size % _ALIGNED == 0 and _steps_align_cached(x.stride(), x.shape, size)
+
+
+def _steps_align(strides: tuple[int, ...], shape: tuple[int, ...], size: int) -> bool:
+    """Return whether every row starts at a multiple of :data:`_ALIGNED` if the first does."""
+    return all(step * size % _ALIGNED == 0 for step, n in zip(strides[:-1], shape[:-1], strict=True) if n > 1)
+
+
+_steps_align_cached = lru_cache(maxsize=256)(_steps_align)
