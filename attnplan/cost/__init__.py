@@ -3,7 +3,8 @@
 from attnplan.cost.calibration import parameters_for
 from attnplan.cost.device import Device, Target, catalogue, resolve
 from attnplan.cost.model import OpCost, Prediction, price
-from attnplan.cost.rules import Cost, KernelModel
+from attnplan.cost.rules import Cost
+from attnplan.cost.setting import KernelModel
 
 __all__ = [
     "Cost",

@@ -8,7 +8,7 @@ from math import prod
 import attrs
 
 from attnplan.cost.buffers import flash_cpu
-from attnplan.cost.rules import Setting, value_bytes
+from attnplan.cost.setting import Setting, value_bytes
 from attnplan.cost.tiles import attend_tiles, fullest_row
 from attnplan.ir import Attend, Graph, Node, RowMap
 from attnplan.spec import AttentionSpec
@@ -103,16 +103,22 @@ def _largest(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec, heads: int) 
     return Batch(max(1, min(-(-q.length // tall), -(-tiles // width))), width, heads)
 
 
-def batch_memory(graph: Graph, node: Node, op: Attend, setting: Setting, *, backward: bool) -> tuple[int, int]:
+def batch_memory(
+    graph: Graph, node: Node, op: Attend, setting: Setting, kind: str, *, backward: bool
+) -> tuple[int, int]:
     """Return (workspace, copies) of the largest batch of tiles that runs at once."""
     q, k, _ = (graph[a].type for a in node.args)
-    found = [_one(graph, node, op, setting, b, backward=backward) for b in batches(op, q.rows, k.rows, setting.spec)]
+    found = [
+        _one(graph, node, op, setting, kind, b, backward=backward) for b in batches(op, q.rows, k.rows, setting.spec)
+    ]
     workspace, copies = max(found, key=sum, default=(0, 0))
     ragged = _padding(graph, node, op, setting) * (2 if op.boxes else 1)
     return workspace, copies + (2 if backward else 1) * ragged
 
 
-def _one(graph: Graph, node: Node, op: Attend, setting: Setting, one: Batch, *, backward: bool) -> tuple[int, int]:
+def _one(
+    graph: Graph, node: Node, op: Attend, setting: Setting, kind: str, one: Batch, *, backward: bool
+) -> tuple[int, int]:
     assert op.tile is not None
     q, k, v = (graph[a].type for a in node.args)
     item, acc, (tall, wide) = setting.item, setting.accumulator, op.tile
@@ -122,10 +128,12 @@ def _one(graph: Graph, node: Node, op: Attend, setting: Setting, one: Batch, *, 
     gathered = columns * kv_heads * (k.features + v.features) * item
     rows = one.rows * tall * one.heads
     queries, result = rows * q.features * item, rows * (v.features * item + acc)
-    buffers = flash_cpu(tall, one.width * wide, q.features, item, acc)
+    buffers = flash_cpu(tall, one.width * wide, q.features, item, acc) if kind == "cpu" else 0
     if not backward:
         return max(2 * bias + masks, bias + result + buffers, 2 * result), gathered + queries
     grads = columns * kv_heads * ((k.features + v.features) * item + v.features * acc)
+    if kind == "cuda":  # copies of output and gradient in their order, and dq in float32
+        buffers = rows * q.features * (2 * item + 4) // 3
     return max(2 * bias + masks, bias + 2 * result + grads + 3 * buffers), gathered + 3 * queries
 
 

@@ -8,6 +8,7 @@ from math import prod
 
 from attnplan.cost.along import mask_axes
 from attnplan.ir import Attend, RowMap
+from attnplan.ir.launch import fold, strides_in_rows
 from attnplan.patterns import Pattern
 from attnplan.patterns.blocks import Blocks, RandomBlocks
 from attnplan.patterns.custom import Mask
@@ -22,6 +23,28 @@ def mask_elements(op: Attend, q: RowMap, k: RowMap, batch: int, spec: AttentionS
     batch = batch if op.where.operands & {"documents", "key_padding"} or op.shift is None else 1
     repeats = prod(a.size for a in q.batch if (per_row and a.row) or (heads and a.head))
     return batch * repeats * (q.length if queries else 1) * (k.length if keys else 1)
+
+
+def mask_spread(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec) -> int:
+    """Return the elements of a mask that is copied in full, 0 if it is not.
+
+    A kernel has two batch dimensions. Where axes fold into one of which a mask broadcasts along some only, such as the
+    batch and the heads of one branch, no strides express it.
+    """
+    if len(q.batch) == 1:
+        return 0
+    heads, _, _ = mask_axes(op.where, spec.shape)
+    arrives = op.where.operands & {"documents", "key_padding"} or op.shift is None
+    sizes = (spec.batch, *(a.size for a in q.batch))
+    varies = (bool(arrives), *(bool(a.row or (a.head and heads)) for a in q.batch))
+    strides = [
+        strides_in_rows(m, RowMap.whole(spec.heads if m is q else spec.kv_heads, n), spec.layout)
+        for m, n in ((q, spec.shape.seq_len), (k, spec.shape.kv_len))
+    ]
+    second = fold(sizes, strides).groups[1]
+    rest = tuple(a for a in range(len(sizes)) if a not in second)
+    mixed = any(len({varies[a] for a in group if sizes[a] > 1}) > 1 for group in (rest, second))
+    return spec.batch * prod(q.sizes) * k.length if mixed else 0
 
 
 def looked_up(where: Pattern) -> bool:

@@ -20,7 +20,8 @@ import numpy as np
 from attnplan.cost.device import Device
 from attnplan.cost.model import Load, timed
 from attnplan.cost.parameters import CALIBRATED, Parameters
-from attnplan.cost.rules import FREE, KernelModel
+from attnplan.cost.rules import FREE
+from attnplan.cost.setting import KernelModel
 from attnplan.spec import AttentionSpec
 
 PULLS = {"peak": 1.0, "half": 0.15, "causal": 1.5, "causal_backward": 1.5, "masked": 0.8}
@@ -37,6 +38,8 @@ HOST_SEEN = 0.3
 ROUNDS, STEPS = 5, 4
 MOST_STEP = 0.7
 """Largest change of a logarithm in one step."""
+LEAST = {"few": 1.0, "lone": 1.0}
+"""Smallest values of some numbers, likewise."""
 LIMITS = {"exposed": 0.1, "quantum": 1.0, "peak": 1.5} | dict.fromkeys(
     ("memory", "copy", "join", "own_copy", "own_join", "gather"), 1.5
 )
@@ -236,5 +239,6 @@ def _moved(table: Parameters, groups: Groups, step: np.ndarray) -> Parameters:
     for group, by in zip(groups, step, strict=True):
         for name in group:
             limit = min((most for part, most in LIMITS.items() if part in name.split("/")), default=float("inf"))
-            changed[name] = min(limit, numbers[name] * exp(float(by)))
+            least = max((x for part, x in LEAST.items() if part in name.split("/")), default=0.0)
+            changed[name] = max(least, min(limit, numbers[name] * exp(float(by))))
     return table.replaced(changed, table.basis, table.note)

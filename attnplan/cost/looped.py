@@ -10,7 +10,7 @@ import attrs
 from attnplan.cost.device import Device
 from attnplan.cost.parameters import Parameters
 from attnplan.cost.placed import is_alone, is_placed
-from attnplan.cost.rules import KernelModel, Setting, value_bytes
+from attnplan.cost.setting import KernelModel, Setting, value_bytes
 from attnplan.ir import Attend, Graph, Output
 from attnplan.passes.alike import bodies
 from attnplan.passes.chunk import without_loop

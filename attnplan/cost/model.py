@@ -3,7 +3,7 @@
 A call takes the longer of what the device needs and, on a GPU, what the host needs to start it all. An attention
 kernel's time is the makespan of its blocks of threads over the device's units: blocks of like length come in waves, of
 which the last may be incomplete; blocks of unlike length are started longest first, and none ends after the longest
-plus its fair share.
+plus its fair share. In the end the longest has its unit to itself, which some kernels need two blocks to fill.
 
 References
 ----------
@@ -18,21 +18,22 @@ from math import ceil
 
 import attrs
 
+from attnplan.cost.allocated import Memory
 from attnplan.cost.device import Device
 from attnplan.cost.looped import is_piecewise, piecewise_seconds
-from attnplan.cost.memory import Memory, peak_memory
+from attnplan.cost.memory import peak_memory
 from attnplan.cost.parameters import Curve, KernelParameters, Parameters, defaults
 from attnplan.cost.rules import (
     FREE,
     Cost,
-    KernelModel,
-    Setting,
     Work,
     attend_work,
     backward_cost,
     forward_cost,
     launched_rows,
 )
+from attnplan.cost.setting import KernelModel, Setting
+from attnplan.cost.workspaces import like
 from attnplan.ir import Attend, Graph, Node
 from attnplan.ir.slots import slot_condition
 from attnplan.spec import AttentionSpec
@@ -92,6 +93,8 @@ class Prediction:
     """What is odd about the calibration."""
     memory: Memory = attrs.field(factory=Memory)
     """What :attr:`peak_bytes` consists of."""
+    compile_seconds: float = 0.0
+    """Seconds for which the first call compiles, once; no part of :attr:`seconds`."""
 
 
 def price(
@@ -107,7 +110,9 @@ def price(
         What is known about kernels; the default is what publications say.
     """
     table = defaults(device.kind) if parameters is None else parameters
-    found_loads, memory = demands(graph, spec, _alike(kernel, plain=_is_plain(graph)), device.kind)
+    alike = _alike(kernel, plain=_is_plain(graph))
+    found_loads = demands(graph, spec, alike)
+    memory = room(graph, spec, attrs.evolve(alike, key=like(kernel.key)), device.kind)
     ops, seconds, host = timed(found_loads, spec, kernel, device, table)
     found = Prediction(seconds, memory.total, ops, host, table.basis, table.note, memory)
     if is_piecewise(graph):
@@ -142,10 +147,15 @@ def _is_plain(graph: Graph) -> bool:
 
 
 @lru_cache(maxsize=2048)  # a loop has up to 512 programs, which several kernels price
-def demands(graph: Graph, spec: AttentionSpec, kernel: KernelModel, kind: str) -> tuple[tuple[Load, ...], Memory]:
-    """Return what a graph asks of a kind of device: the same for kernels that differ in their speed only."""
-    setting = Setting.of(graph, spec, kernel)
-    return loads(setting), peak_memory(graph, setting, kind)
+def demands(graph: Graph, spec: AttentionSpec, kernel: KernelModel) -> tuple[Load, ...]:
+    """Return what a graph asks of a device: the same for kernels that differ in their speed only."""
+    return loads(Setting.of(graph, spec, kernel))
+
+
+@lru_cache(maxsize=2048)
+def room(graph: Graph, spec: AttentionSpec, kernel: KernelModel, kind: str) -> Memory:
+    """Return the peak memory of a graph: the same for kernels that allocate alike."""
+    return peak_memory(graph, Setting.of(graph, spec, kernel), kind)
 
 
 def loads(setting: Setting) -> tuple[Load, ...]:
@@ -183,6 +193,8 @@ class _Clock:
     def __init__(self, spec: AttentionSpec, kernel: KernelModel, device: Device, table: Parameters) -> None:
         self.device, self.table = device, table
         self.peak = device.rate(spec.dtype, spec.precision) or device.rate("float32")
+        self.plain = device.rate("float64" if spec.dtype == "float64" else "float32", spec.precision) or self.peak
+        """Rate of products in plain torch, which widens its inputs."""
         self.kernel: KernelParameters = table.kernel(kernel.key, kernel.efficiency)
         self.materialises = kernel.materialises
         self.again = 2.0 if kernel.keeps else 2.5
@@ -221,9 +233,9 @@ class _Clock:
         copied = cost.copied / (bandwidth * table.gather)
         exps = cost.exps / (self.peak * EXPS_PER_FLOP[self.device.kind])
         if load.kind == "attend":
-            if load.work is None:
-                rate = self.peak * curve.at(128)[0]
-                return max(cost.flops / rate, exps), cost.bytes / (bandwidth * table.join), start + copied
+            if load.work is None:  # products and passes over the scores, one after the other
+                memory = cost.bytes / (bandwidth * table.join)
+                return max(cost.flops / (self.plain * curve.at(128)[0]), exps) + memory, memory, start + copied
             busy, compute = self._makespan(load.work, curve, causal, factor)
             memory = cost.bytes / (bandwidth * table.memory * busy)
             return max(compute, exps), memory, start + copied
@@ -241,8 +253,11 @@ class _Clock:
         units = self.device.units
         peak, half = curve.at(work.features)
         rate = self.peak * peak / units * (1.0 if work.even else causal) * (self.kernel.masked if work.masked else 1.0)
+        rate *= curve.in_window(work.features) if work.windowed else 1.0
         tile = min(self.kernel.tile, work.rows) if self.device.kind == "cpu" else self.kernel.tile
         blocks = max(1.0, work.blocks * ceil(work.rows / tile))
+        if self.kernel.packs and work.rows * work.group <= tile:
+            blocks = max(1.0, blocks / work.group)
         pairs = max(1.0, work.blocks * work.rows * work.keys)
         each = factor * work.flops / pairs * tile / rate  # of one block of threads, for each key that it visits
         mean, longest = (work.keys + half) * each, (work.longest + half) * each
@@ -253,7 +268,8 @@ class _Clock:
         load = blocks / own / units
         if work.even:
             waited = self.table.quantum * (ceil(load) - load)  # of the last wave
-            seconds = own * mean * max(1.0, load + waited)
+            seconds = own * mean * max(self.kernel.few, load + waited)
         else:
-            seconds = own * max(longest, mean * load + 0.5 * self.table.quantum * mean)
+            slow = self.kernel.few if load <= 1.0 else self.kernel.lone
+            seconds = own * max(slow * longest, mean * load + 0.5 * self.table.quantum * mean)
         return min(1.0, load), seconds

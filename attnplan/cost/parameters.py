@@ -29,6 +29,8 @@ class Curve:
     """Fraction of the device's rate on rows with many keys."""
     half: Mapping[int, float] = attrs.field(eq=dict)
     """Keys that a tile of queries costs beside those that it visits: with as many, half the rate is reached."""
+    windowed: Mapping[int, float] = attrs.field(factory=dict, eq=dict)
+    """Factor on the rate under a window of the kernel's own: some compare the positions of every tile then."""
 
     def at(self, width: int) -> tuple[float, float]:
         """Return peak and half for heads of ``width`` features: linear between the widths of the table.
@@ -41,17 +43,22 @@ class Curve:
         >>> [round(x, 3) for x in curve.at(96)], curve.at(256), curve.at(32)[0]
         ([0.5, 150.0], (0.6, 200.0), 0.2)
         """
-        widths = sorted(self.peak)
-        place = bisect_right(widths, width)
-        if place == 0:
-            first = widths[0]
-            return self.peak[first] * width / first, self.half[first]
-        if place == len(widths):
-            return self.peak[widths[-1]], self.half[widths[-1]]
-        low, high = widths[place - 1], widths[place]
-        share = (width - low) / (high - low)
-        between = (m[low] + share * (m[high] - m[low]) for m in (self.peak, self.half))
-        return next(between), next(between)
+        narrow = min(1.0, width / min(self.peak))
+        return _between(self.peak, width) * narrow, _between(self.half, width)
+
+    def in_window(self, width: int) -> float:
+        """Return :attr:`windowed` for heads of ``width`` features."""
+        return _between(self.windowed, width) if self.windowed else 1.0
+
+
+def _between(known: Mapping[int, float], width: int) -> float:
+    """Return a number that is known for some widths: linear between them, and constant beyond."""
+    widths = sorted(known)
+    place = bisect_right(widths, width)
+    if place in (0, len(widths)):
+        return known[widths[max(0, place - 1)]]
+    low, high = widths[place - 1], widths[place]
+    return known[low] + (width - low) / (high - low) * (known[high] - known[low])
 
 
 @attrs.frozen
@@ -76,6 +83,12 @@ class KernelParameters:
     """Query rows of one block of threads."""
     splits: bool = False
     """Whether it splits keys where there are few rows."""
+    packs: bool = False
+    """Whether few rows of all heads that share keys are one tile."""
+    few: float = 1.0
+    """How many times as long blocks of threads take that have a unit each, as nothing runs while one waits."""
+    lone: float = 1.0
+    """The same of the longest block, which goes on when the others are done."""
 
 
 @attrs.frozen
@@ -176,8 +189,8 @@ def _parameters(table: Mapping[str, Any]) -> Parameters:
 def _kernel(name: str, table: Mapping[str, Any]) -> KernelParameters:
     curves = {}
     for way in ("forward", "backward"):
-        curve = {what: {int(w): float(x) for w, x in table[way][what].items()} for what in ("peak", "half")}
-        if not curve["peak"] or curve["peak"].keys() != curve["half"].keys():
+        curve = {what: {int(w): float(x) for w, x in by_width.items()} for what, by_width in table[way].items()}
+        if not curve.get("peak") or curve["peak"].keys() != curve.get("half", {}).keys():
             raise SpecError(f"kernels/{name}/{way}: peak and half need the same widths, and at least one")
         curves[way] = Curve(**curve)
     return KernelParameters(**{**table, **curves})

@@ -7,44 +7,20 @@ such a kernel writes need no tensor of their own either.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-from attnplan.cost.rules import Setting
-from attnplan.ir import Attend, Graph, Merge, Mix, Node, Output
-from attnplan.ir.apart import apart
-from attnplan.ir.launch import launch_key
+from attnplan.cost.joins import destinations, pull_of, written
+from attnplan.cost.setting import Setting
+from attnplan.ir import Attend, Graph, Merge, Mix, Output
 from attnplan.ir.native import lowered
 
 
-def pull_of(graph: Graph) -> Node | None:
-    """Return the join that pulls, None if there is none."""
-    return next((n for n in graph if isinstance(n.op, Merge | Mix) and n.op.pull), None)
-
-
-@lru_cache(maxsize=4096)
-def parts_written(setting: Setting, kind: str, operand: int) -> frozenset[int]:
-    """Return the attends whose rows of q and of the output (0), of k (1) or of v (2) are written into the whole."""
+def whole_of(setting: Setting, kind: str, operand: int) -> tuple[bool, frozenset[int]]:
+    """Return whether a whole of q and the output (0), of k (1) or of v (2) is made first, and who writes into it."""
     graph = setting.graph
-    join = pull_of(graph)
+    result = graph[graph.output.args[0]]
+    join = pull_of(graph) or (result if isinstance(result.op, Merge) else None)
     if kind != "cuda" or join is None or not setting.kernel.writes_into:
-        return frozenset()
-    if isinstance(join.op, Mix) and join.op.rule != "lse":
-        return frozenset()
-    able = [n for n in graph.args(join) if _is_view(n, setting, operand)]
-    rows = tuple(graph[n.args[operand]].type.rows for n in able)
-    return frozenset(able[i].id for i in apart(rows))
-
-
-def _is_view(node: Node, setting: Setting, operand: int) -> bool:
-    graph, op = setting.graph, node.op
-    taken = node.args[operand]
-    return (
-        isinstance(op, Attend)
-        and op.launch is None
-        and launch_key(graph, node) is not None
-        and graph[taken].type.rows.shows_rows_once
-        and taken not in setting.copied
-    )
+        return False, frozenset()
+    return bool(destinations(graph, join, operand)), written(graph, join, operand, setting.copied)
 
 
 def is_placed(setting: Setting, kind: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from attnplan.cost.rules import Setting, value_bytes
+from attnplan.cost.setting import Setting, value_bytes
 from attnplan.ir import Attend, Graph, Merge, Mix, Node, Take
 
 _INDICES = 16

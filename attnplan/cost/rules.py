@@ -7,17 +7,15 @@ from math import prod
 
 import attrs
 
-from attnplan.cost.joins import rows_there
-from attnplan.cost.tiles import DOCUMENTS, attend_tiles, launches_of_tiles
+from attnplan.cost.joins import placed, rows_there
+from attnplan.cost.setting import KernelModel, Setting, value_bytes
+from attnplan.cost.tiles import DOCUMENTS, attend_tiles, fullest_row, launches_of_tiles
 from attnplan.errors import PassError
-from attnplan.ir import Attend, Graph, Input, Merge, Mix, Node, Op, Output, Receive, RowMap, Take
-from attnplan.ir.launch import fold, launches
+from attnplan.ir import Attend, Input, Merge, Mix, Node, Op, Output, Receive, Take
+from attnplan.ir.launch import launches
 from attnplan.ir.native import EVERYTHING, Window, lowered
 from attnplan.ir.ops import disjoint
 from attnplan.ir.slots import mask_rows, slot_condition
-from attnplan.spec import AttentionSpec
-
-ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @attrs.frozen
@@ -53,36 +51,6 @@ FREE = Cost()
 
 
 @attrs.frozen
-class KernelModel:
-    """What the cost model knows about the attention kernel of a schedule."""
-
-    efficiency: float
-    """Fraction of the device's peak that the kernel reaches on long rows."""
-    skips_causal: bool = True
-    """Whether tiles above the diagonal are skipped."""
-    materialises: bool = False
-    """Whether scores are written to memory."""
-    tile: int = 128
-    """Rows and columns of a tile: what is not a multiple of it is computed in vain."""
-    causal_tile: int = 128
-    """Columns of the tiles that are computed whole along the causal diagonal."""
-    masks: bool = True
-    """Whether the kernel takes an arbitrary mask."""
-    native: frozenset[str] = frozenset()
-    """What the kernel does by itself, in the words of :mod:`attnplan.ir.native`."""
-    skips: bool = False
-    """Whether it skips the tiles without a pair by itself, whatever says which pairs meet."""
-    keeps: bool = False
-    """Whether a forward that is trained keeps the weights of all its tiles, which the backward then has not to make."""
-    key: str = ""
-    """Its name in the table of :mod:`attnplan.cost.parameters`; a kernel without one runs at :attr:`efficiency`."""
-    writes_into: bool = False
-    """Whether it writes its results to where it is told, in whatever strides."""
-    partials: int = 1
-    """Pieces into which it cuts the keys of every row, each with a partial result in memory."""
-
-
-@attrs.frozen
 class Work:
     """What one launch of a fused kernel computes: as many blocks of rows as heads and batch elements have."""
 
@@ -100,6 +68,10 @@ class Work:
     """Floating-point operations of the launch, forward."""
     masked: bool = False
     """Whether a mask in memory, or a table of tiles, says which pairs meet."""
+    windowed: bool = False
+    """Whether the kernel itself compares positions with a window."""
+    group: int = 1
+    """Query heads that share keys."""
     launch: float = 0.0
     """Query rows, of all heads and batch elements, of the launch that this is part of; 0 if it is one by itself."""
 
@@ -107,48 +79,6 @@ class Work:
     def even(self) -> bool:
         """Whether all rows visit as many keys."""
         return self.longest <= 1.02 * self.keys
-
-
-@attrs.frozen
-class Setting:
-    """What every rule may look at."""
-
-    spec: AttentionSpec
-    kernel: KernelModel
-    graph: Graph
-    copied: frozenset[int]
-    """The takes that are copies."""
-    together: frozenset[int] = frozenset()
-    """The nodes that start no kernel of their own, because an earlier one of their launch has started it."""
-
-    gathered: frozenset[int] = frozenset()
-    """The takes whose rows one kernel of our own gathers for a launch."""
-
-    @classmethod
-    def of(cls, graph: Graph, spec: AttentionSpec, kernel: KernelModel) -> Setting:
-        """Return the setting in which ``graph`` is priced."""
-        return cls(spec, kernel, graph, copied_takes(graph, spec), _together(graph), _gathered(graph))
-
-    @property
-    def batch(self) -> int:
-        """Batch size that is priced."""
-        return self.spec.batch
-
-    @property
-    def item(self) -> int:
-        """Bytes of one element."""
-        return ITEM_BYTES[self.spec.dtype]
-
-    @property
-    def accumulator(self) -> int:
-        """Bytes of one element of an accumulator."""
-        return max(4, self.item)
-
-
-def value_bytes(node: Node, setting: Setting) -> int:
-    """Return the bytes of a node's result, its LSE included."""
-    rows = node.type.rows.elements_count * setting.batch
-    return rows * node.type.features * setting.item + (rows * setting.accumulator if node.type.lse else 0)
 
 
 def mask_bytes(node: Node, setting: Setting) -> int:
@@ -182,32 +112,6 @@ def _needs_mask(node: Node, setting: Setting) -> bool:
     return slot_condition(node.op, q, k) != "full"
 
 
-def copied_takes(graph: Graph, spec: AttentionSpec) -> frozenset[int]:
-    """Return the takes that have to be copied, because a kernel's four dimensions cannot express them by strides."""
-    copied: set[int] = set()
-    for node, op in graph.of(Attend):
-        takes = [a for a in node.args if isinstance(graph[a].op, Take)]
-        if not takes:
-            continue
-        if op.launch is not None:
-            copied.update(takes)
-            continue
-        sizes = (spec.batch, *(a.size for a in graph[node.args[0]].type.rows.batch))
-        strides = [_strides(graph[a].type.rows, graph[a].type.tensor, spec) for a in node.args]
-        if op.launch is not None or fold(sizes, strides).copies:
-            copied.update(takes)
-    return frozenset(copied)
-
-
-def _together(graph: Graph) -> frozenset[int]:
-    """Return the attends of each launch but its first, and the takes of each but one: one kernel gathers them all."""
-    found: set[int] = set()
-    for nodes in launches(graph).values():
-        found.update(n.id for n in nodes[1:])
-        found.update([a for n in nodes for a in n.args][1:])
-    return frozenset(found)
-
-
 def launched_rows(setting: Setting) -> dict[int, float]:
     """Return the query rows, of all heads and batch elements, of the launch that each attend of several is part of."""
     found: dict[int, float] = {}
@@ -215,21 +119,6 @@ def launched_rows(setting: Setting) -> dict[int, float]:
         rows = sum(prod(setting.graph[n.args[0]].type.rows.sizes) for n in nodes) * setting.batch
         found.update((n.id, float(rows)) for n in nodes)
     return found
-
-
-def _gathered(graph: Graph) -> frozenset[int]:
-    """Return the takes whose rows are gathered for a launch."""
-    return frozenset(a for nodes in launches(graph).values() for n in nodes for a in n.args)
-
-
-def _strides(rows: RowMap, tensor: str, spec: AttentionSpec) -> list[int]:
-    """Return the strides of batch and batch axes, in elements, for contiguous inputs in the spec's layout."""
-    shape = spec.shape
-    heads = spec.heads if tensor == "q" else spec.kv_heads
-    length = shape.seq_len if tensor == "q" else shape.kv_len
-    features = spec.value_dim if tensor == "v" else spec.head_dim
-    by_head, by_row = (length * features, features) if spec.layout == "bhsd" else (features, heads * features)
-    return [heads * length * features, *(a.head * by_head + a.row * by_row if a.size > 1 else 0 for a in rows.batch)]
 
 
 def _free(node: Node, setting: Setting) -> Cost:
@@ -240,7 +129,8 @@ def _take(node: Node, setting: Setting) -> Cost:
     """Price the rows that a kernel cannot read where they stand: attends of one launch share one copy of theirs."""
     if node.id not in setting.copied:
         return FREE
-    return Cost(bytes=2 * value_bytes(node, setting), launches=0 if node.id in setting.together else 1)
+    apart = node.id not in setting.together and not setting.kernel.fuses
+    return Cost(bytes=2 * value_bytes(node, setting), launches=int(apart))
 
 
 def _receive(node: Node, setting: Setting) -> Cost:
@@ -261,15 +151,33 @@ def _attend(node: Node, setting: Setting) -> Cost:
     rows, columns = q.type.rows.length, k.type.rows.length
     moved = sum(value_bytes(n, setting) for n in (q, k, v, node)) + 3 * mask_bytes(node, setting)
     if kernel.materialises:  # inputs are widened first, and shared keys repeated
-        moved += 4 * sum(value_bytes(n, setting) for n in (q, k, v))
-        moved += int(6 * prod(q.type.rows.sizes[:-1]) * setting.batch * rows * columns * setting.accumulator)
+        shared = 4 * work.group if work.group > 1 else 0
+        moved += (4 + shared) * sum(value_bytes(n, setting) for n in (q, k, v))
+        moved += int(11 * prod(q.type.rows.sizes[:-1]) * setting.batch * rows * columns * setting.accumulator)
     pairs = work.flops / (2 * (q.type.features + v.type.features))
     return Cost(
         flops=work.flops,
         exps=pairs,
         bytes=moved + _kept(op, pairs, setting),
-        launches=(1 + 4 * (work.masked and not kernel.skips) + 4 * kernel.materialises) * _steps(op, rows, columns),
+        launches=(1 + _around(node, work, setting)) * _steps(op, rows, columns),
     )
+
+
+_OF_DOCUMENTS, _OF_WINDOWS = 4, 2
+"""Operators that find the boundaries of documents, and that correct the LSE of rows without a key."""
+
+
+def _around(node: Node, work: Work, setting: Setting) -> int:
+    """Return the number of plain operators around a kernel."""
+    kernel = setting.kernel
+    if work.masked or kernel.materialises:
+        return 4 * (work.masked and not kernel.skips) + 4 * kernel.materialises
+    assert isinstance(node.op, Attend)
+    q, k = (n.type.rows for n in setting.graph.args(node)[:2])
+    native = lowered(setting.graph, node, kernel.native) if slot_condition(node.op, q, k) == "mask" else None
+    if native is None or (native.window == EVERYTHING and not native.documents):
+        return 0
+    return _OF_DOCUMENTS if native.documents else _OF_WINDOWS
 
 
 def _kept(op: Attend, pairs: float, setting: Setting) -> float:
@@ -298,9 +206,13 @@ def attend_work(node: Node, setting: Setting) -> Work:
         pairs = kept * op.tile[0] * op.tile[1]
         tiles = max(1, -(-rows // op.tile[0]))
         keys = kept * op.tile[1] / max(1, blocks * tiles)
-        return Work(blocks, rows, keys, 1.25 * keys, widest, 2 * pairs * both, masked=True)
+        longest = 1.25 * keys
+        if kernel.skips:  # rows of tiles are not cut, as those of gathered tiles are
+            longest = max(longest, fullest_row(op, q.type.rows, k.type.rows, setting.spec) * op.tile[1])
+        return Work(blocks, rows, keys, longest, widest, 2 * pairs * both, masked=True)
     condition: str = slot_condition(op, q.type.rows, k.type.rows)
     native = lowered(setting.graph, node, kernel.native) if condition == "mask" else None
+    windowed = native is not None and native.window not in (EVERYTHING, (None, 0))
     if native is not None and native.documents:  # each document is a block of its own
         blocks, rows, columns = blocks * DOCUMENTS, max(1, rows // DOCUMENTS), max(1, columns // DOCUMENTS)
         condition = "causal" if native.window == (None, 0) else "" if native.window == EVERYTHING else condition
@@ -314,7 +226,8 @@ def attend_work(node: Node, setting: Setting) -> Work:
     padded = -(-rows // kernel.tile) * kernel.tile if rows >= kernel.tile else rows
     seen = padded if keys == columns else rows
     masked = native is None and condition == "mask"
-    return Work(blocks, rows, keys, longest, widest, 2 * blocks * seen * keys * both, masked)
+    flops, group = 2 * blocks * seen * keys * both, setting.spec.heads // setting.spec.kv_heads
+    return Work(blocks, rows, keys, longest, widest, flops, masked, windowed, group)
 
 
 def window_pairs(rows: int, columns: int, window: Window) -> int:
@@ -371,17 +284,40 @@ def _join(node: Node, setting: Setting) -> Cost:
     elements = [part.type.rows.elements_count * setting.batch for part in parts]
     if op.pull:
         per_row = setting.batch * node.type.features * setting.item
-        kept = 2.0 * rows_there(setting.graph, node, 0, writes_into=setting.kernel.writes_into) * per_row
+        kept = 2.0 * _rows_there(node, setting, 0) * per_row
         return Cost(exps=2.0 * sum(elements), bytes=read + value_bytes(node, setting) - kept, launches=1)
+    if setting.kernel.fuses:
+        return Cost(exps=2.0 * sum(elements), bytes=read + value_bytes(node, setting), launches=2)
     rows = node.type.rows.elements_count * setting.batch
-    if disjoint([part.type.rows for part in parts]):  # copied to their places, with no weights
-        moved = 2 * value_bytes(node, setting) + 2.0 * read
-        return Cost(bytes=moved, launches=2 + 2 * len(parts))
+    constant = isinstance(op, Mix) and op.rule in ("mean", "sum")
+    if disjoint([part.type.rows for part in parts]) and not constant and not setting.kernel.materialises:
+        return _placed(node, setting, sum(elements) < rows)
     accumulator = rows * (node.type.features + 1) * setting.accumulator
     moved = 2.0 * accumulator + read
     for count in elements:
         moved += 2 * count * (node.type.features + 2) * setting.accumulator
     return Cost(exps=3.0 * sum(elements), bytes=moved, launches=2 + 6 * len(parts))
+
+
+def _rows_there(join: Node, setting: Setting, operand: int) -> int:
+    writes = setting.kernel.writes_into
+    return rows_there(setting.graph, join, operand, writes_into=writes, copied=setting.copied)
+
+
+def _placed(node: Node, setting: Setting, gaps: bool) -> Cost:
+    """Price a merge of parts that share no row: what no kernel wrote there is copied to its place, with no weights.
+
+    The LSE is filled, and each part's is copied; an output with gaps is filled with zeros.
+    """
+    parts = setting.graph.args(node)
+    there = placed(setting.graph, node) if setting.kernel.writes_into else frozenset()
+    lse = node.type.rows.elements_count * setting.batch * setting.accumulator
+    moved = sum(
+        n.type.rows.elements_count * setting.batch * n.type.features * setting.item for n in parts if n.id not in there
+    )
+    whole = value_bytes(node, setting) - lse
+    copies = len(parts) - len(there)
+    return Cost(bytes=2.0 * moved + 3.0 * lse + gaps * whole, launches=1 + gaps + copies + len(parts))
 
 
 RULES: dict[type[Op], Callable[[Node, Setting], Cost]] = {
@@ -427,6 +363,8 @@ def backward_cost(node: Node, setting: Setting) -> Cost:
         if kept:
             moved = 2.5 * (forward.bytes - kept) + kept
             return Cost(2 * forward.flops, 0, moved, 0.0, launches, 2 * forward.copied)
+        if setting.kernel.materialises:  # the scores are there
+            return Cost(2 * forward.flops, 0, 1.5 * forward.bytes, 0.0, launches, 2 * forward.copied)
         return Cost(2.5 * forward.flops, forward.exps, 2.5 * forward.bytes, 0.0, launches, 2 * forward.copied)
     pulls = any(getattr(n.op, "pull", False) for n in graph)
     elements = node.type.rows.elements_count * setting.batch * node.type.features if node.type else 0
@@ -439,7 +377,7 @@ def backward_cost(node: Node, setting: Setting) -> Cost:
         taken = [graph[a] for part in graph.args(node) for a in part.args]
         moved = sum(value_bytes(n, setting) for n in taken)
         whole = sum(value_bytes(n, setting) for n in graph if isinstance(n.op, Input))
-        there = [rows_there(graph, node, i, writes_into=setting.kernel.writes_into) for i in range(3)]
+        there = [_rows_there(node, setting, i) for i in range(3)]
         per_row = [graph.inputs[t].type.features * setting.batch * setting.item for t in "qkv"]
         kept = 2.0 * sum(n * size for n, size in zip(there, per_row, strict=True))
         return Cost(bytes=2.0 * moved + whole - kept, launches=3)
