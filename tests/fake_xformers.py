@@ -155,12 +155,21 @@ class Aten:
         window = unsigned(window_size_left, window_size_right)
         return run(q, k, v, cq, window, causal, scale, 0.0, None, (grad, out), lse)
 
+    def _cudnn_mask(self, bias, q, k, causal):
+        assert not causal
+        assert bias.dtype == q.dtype
+        assert bias.shape in [(q.shape[0], heads, q.shape[2], k.shape[2]) for heads in (1, q.shape[1])]
+        return (bias == 0).expand(-1, q.shape[1], -1, -1)
+
     def _scaled_dot_product_cudnn_attention(self, q, k, v, bias, with_lse, dropout, causal, debug, *, scale):
         called("aten cudnn")
         check(*swapped(q, k, v))
-        assert bias is None
         assert with_lse
-        out, lse = run(*swapped(q, k, v), None, (None, None), causal, scale, 0.0, torch.inf)
+        if bias is not None:
+            keys = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            out, lse = forward(*swapped(q, *keys), self._cudnn_mask(bias, q, k, causal), scale, 0.0, torch.nan)
+        else:
+            out, lse = run(*swapped(q, k, v), None, (None, None), causal, scale, 0.0, torch.inf)
         return out.transpose(1, 2), lse.unsqueeze(-1)
 
     def _scaled_dot_product_cudnn_attention_backward(
@@ -170,7 +179,15 @@ class Aten:
         assert lse.is_contiguous()
         assert seed.dtype == torch.int64
         given, above = swapped(q, k, v), swapped(grad, out)
-        return swapped(*run(*given, None, (None, None), causal, scale, 0.0, None, above, lse.squeeze(-1)))
+        if bias is None:
+            return swapped(*run(*given, None, (None, None), causal, scale, 0.0, None, above, lse.squeeze(-1)))
+        group = q.shape[1] // k.shape[1]
+        keys = swapped(*(x.repeat_interleave(group, 1) for x in (k, v)))
+        found = backward(
+            above[0], given[0], *keys, above[1], lse.squeeze(-1), self._cudnn_mask(bias, q, k, causal), scale
+        )
+        dq, dk, dv = swapped(*found)
+        return dq, dk.unflatten(1, (-1, group)).sum(2), dv.unflatten(1, (-1, group)).sum(2)
 
     def _efficient_mask(self, bias, q, k, causal):
         if bias is None:

@@ -69,7 +69,7 @@ def test_an_operator_of_torch_that_raises_is_reported_too(monkeypatch):
         plan(*call.inputs)
     assert isinstance(caught.value.__cause__, RuntimeError)
     plan.strict = False
-    with pytest.warns(RuntimeWarning, match=r"lattice > eager \(cudnn\) failed: .*; this plan now runs lattice"):
+    with pytest.warns(RuntimeWarning, match=r"dense > eager \(cudnn\) failed: .*; this plan now runs lattice"):
         plan(*call.inputs)
 
 

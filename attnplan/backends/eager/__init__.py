@@ -25,8 +25,16 @@ FLASH_CPU = Schedule(
     tested="CPU",
 )
 CUDNN = Schedule(
-    "cudnn", KernelModel(efficiency=0.56, masks=False), "SDPA's cuDNN operator", runs="cudnn", tested="H100"
+    "cudnn",
+    KernelModel(efficiency=0.56, native=frozenset({"mask"})),
+    "SDPA's cuDNN operator",
+    tile=(128, 128),
+    chunk=128,
+    runs="cudnn",
+    tested="H100",
 )
+CUDNN_WITHOUT_MASKS = attrs.evolve(CUDNN, kernel=KernelModel(efficiency=0.56, masks=False), tile=None)
+"""Where its masks were never tried."""
 FLASH_CUDA = Schedule(
     "flash",
     KernelModel(efficiency=0.33, masks=False, native=frozenset({"window", "documents"})),
@@ -65,6 +73,8 @@ LIMITS = {
         "the efficient kernel", least=(5, 0), most=(12, 1), dtypes=(*HALF, "float32"), widest=1 << 16, equal=False
     ),
 }
+TRIED = (9, 0)
+"""The compute capability on which cuDNN's masks, and heads of more than 128 features, were tried."""
 NO_WIDE_BACKWARD = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
 """Capabilities on which FlashAttention-2 has no backward for 193 to 224 features."""
 
@@ -79,7 +89,8 @@ class Eager(Backend):
     def schedules(self, device: Device) -> tuple[Schedule, ...]:
         if device.kind == "cpu":
             return (FLASH_CPU, MATH_CPU)
-        return (CUDNN, FLASH_CUDA, EFFICIENT, MATH_CUDA)
+        cudnn = CUDNN if device.capability == TRIED else CUDNN_WITHOUT_MASKS
+        return (cudnn, FLASH_CUDA, EFFICIENT, MATH_CUDA)
 
     def refuse(self, graph: Graph, spec: AttentionSpec, schedule: Schedule, device: Device) -> tuple[str, ...]:
         if device.kind == "cpu":
@@ -114,9 +125,11 @@ def _fused(graph: Graph, spec: AttentionSpec, schedule: Schedule, device: Device
     if schedule.name == "efficient":
         limits = attrs.evolve(limits, multiple=efficient_alignment(spec.dtype, device))
         yield from float32_reason(spec, device)
-    if schedule.name == "cudnn" and capability == (9, 0):
+    if schedule.name == "cudnn" and capability == TRIED:
         limits = attrs.evolve(limits, widest=256)
-    yield from reasons(limits, schedule.native, graph, spec, device)
+    for why in reasons(limits, schedule.native, graph, spec, device):
+        tried = f"cuDNN was tried with masks on compute capability {dotted(TRIED)} only"
+        yield why if capability == TRIED else why.replace("cuDNN takes no mask", tried)
     if schedule.name == "flash" and capability in NO_WIDE_BACKWARD and 192 < spec.head_dim <= 224:
         where = f"on compute capability {dotted(capability)}"
         yield f"FlashAttention-2 has no backward for head_dim {spec.head_dim} {where}"
