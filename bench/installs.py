@@ -4,8 +4,8 @@
 
 Each combination of packages is installed from wheels in ``DIR``, without their dependencies and without the network,
 into a folder of its own, and asked in a process of its own: which schedules are usable, and why the others are not;
-with ``--gpu`` also whether a causal plan runs by each that is. On a machine without ``DIR`` it asks about what is
-installed already.
+with ``--gpu`` also whether a causal plan runs by each that is. ``--needs`` names folders with what flash-attn 4 depends
+on, without flash-attn 4 itself. On a machine without ``DIR`` it asks about what is installed already.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ print("SAID " + json.dumps({"torch": torch.__version__, "said": said, "ran": ran
 """
 
 
-def asked(packages: tuple[str, ...], wheels: Path | None, on_gpu: bool, seconds: float) -> dict[str, object]:
+def asked(
+    packages: tuple[str, ...], wheels: Path | None, on_gpu: bool, seconds: float, needs: str = ""
+) -> dict[str, object]:
     """Install wheels into a folder, and return what a process that sees them says."""
     with tempfile.TemporaryDirectory() as folder:
         if packages and wheels is not None:
@@ -71,6 +73,7 @@ def asked(packages: tuple[str, ...], wheels: Path | None, on_gpu: bool, seconds:
             if done.returncode:
                 return {"pip": done.stderr.strip()[-400:]}
         path = [folder, str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+        path += [needs] if "flash-attn-4" in packages else []
         libraries = [str(p.parent) for p in Path(folder).rglob("libcudart.so*")]
         environment = {
             **os.environ,
@@ -89,6 +92,7 @@ def asked(packages: tuple[str, ...], wheels: Path | None, on_gpu: bool, seconds:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheels", type=Path, help="folder with wheels")
+    parser.add_argument("--needs", default="", help="folders with what flash-attn 4 depends on, separated by colons")
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--each", type=float, default=60.0, help="seconds that one combination may take")
@@ -96,7 +100,10 @@ def main() -> None:
     rows = []
     for name, packages in COMBINATIONS.items() if given.wheels else {"what is installed": ()}.items():
         try:
-            row: dict[str, object] = {"packages": name, **asked(packages, given.wheels, given.gpu, given.each)}
+            row: dict[str, object] = {
+                "packages": name,
+                **asked(packages, given.wheels, given.gpu, given.each, given.needs),
+            }
         except Exception as error:  # one combination must not cost the others
             row = {"packages": name, "failed": f"{type(error).__name__}: {error}"[:400]}
         rows.append(row)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -80,3 +80,44 @@ def flex_by_hand(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Callab
         return out
 
     return by_hand
+
+
+def _bias(
+    spec: AttentionSpec, masks: Sequence[Tensor], keep: Any, added: Tensor | None, sinks: Any, q: Tensor
+) -> Tensor:
+    """Return a mask as what is added to scores, or raise for what is no such thing."""
+    if len(masks) != 1 or keep is not None or sinks is not None or spec.softcap is not None:
+        raise NotImplementedError("the kernel takes one mask that is added to scores, and this is more than that")
+    made = torch.zeros(masks[0].shape, dtype=q.dtype, device=q.device).masked_fill(~masks[0], -torch.inf)
+    return made if added is None else made + added.to(q.dtype)
+
+
+def _cudnn_masked(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, None]:
+    masks, keep, added, sinks = rest
+    bias = _bias(spec, masks, keep, added, sinks, q)
+    given = (q, k, v, bias, True, 0.0, False, False)
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(*given, scale=spec.softmax_scale)[0], None
+
+
+def _xformers_masked(operator: str) -> Callable[..., tuple[Tensor, None]]:
+    def by_hand(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, None]:
+        from attnplan.runtime.kernels_xformers import fmha
+
+        masks, keep, added, sinks = rest
+        bias = _bias(spec, masks, keep, added, sinks, q)
+        group = q.shape[1] // k.shape[1]
+        rows = [x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))]
+        both = getattr(fmha(), operator)
+        op = (both.FwOp, getattr(both, "BwOp", fmha().flash.BwOp))
+        return fmha().memory_efficient_attention(*rows, bias, scale=spec.softmax_scale, op=op).transpose(1, 2), None
+
+    return by_hand
+
+
+MASKED_BY_HAND: dict[str, Callable[..., tuple[Tensor, None]]] = {
+    "cudnn": _cudnn_masked,
+    "xformers-flash": _xformers_masked("flash"),
+    "xformers-split-k": _xformers_masked("triton_splitk"),
+}
+"""Kernels whose interface takes a mask as a tensor, whether or not the kernel does: functions as those of
+:meth:`attnplan.testing.numbers.Call.by_autograd`."""

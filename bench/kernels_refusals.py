@@ -4,9 +4,11 @@
     python -m bench.kernels_refusals --json /tmp/tiny.json --budget 20       on the CPU
 
 A refusal is tried by running the plan that it forbids, and comparing output, LSE and gradients with float64 as
-cross-validation does. It was wrong if all of that agrees. What a machine or a rule of ours forbids, and no kernel, is
-counted apart: a package that is missing, a flag of the process, dropout masks that depend on the plan. A kernel that
-was forced may leave the device unusable, or never return: tries run in a process of their own, replaced where it ends.
+cross-validation does. Where the adapter itself has no way to ask, the kernel is called by hand with the mask as a
+tensor, on the sampled rows, if its interface takes one; if not, that is counted apart. A refusal was wrong if all
+numbers agree. What a machine or a rule of ours forbids, and no kernel, is counted apart, too: a package that is
+missing, a flag of the process, dropout masks that depend on the plan. A kernel that was forced may leave the device
+unusable, or never return: tries run in a process of their own, replaced where it ends.
 """
 
 from __future__ import annotations
@@ -24,15 +26,17 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
+import attrs
 import torch
 
 from attnplan.backends import registry
-from attnplan.cost import Target, resolve
+from attnplan.cost import Target, price, resolve
 from attnplan.search import Found, Option, _options
 from attnplan.testing.catalogue import Case, catalogue
-from attnplan.testing.matrix import AGREES
+from attnplan.testing.matrix import AGREES, DIFFERS, FAILED, Result
 from attnplan.testing.numbers import Call
 from attnplan.testing.validate import _Comparison, _result
+from bench.kernels_by_hand import MASKED_BY_HAND
 from bench.kernels_clock import Ledger, Row
 
 OURS = (
@@ -41,6 +45,7 @@ OURS = (
     "needs compute capability", "runs up to compute capability", "more than the device's", "are Triton kernels",
 )  # fmt: skip
 """What no kernel can be asked about here."""
+NOT_ITS_OWN = "not the kernel's"
 _ORDINARY = re.compile(r"%?\d[\d.,]*|'[^']*'|`[^`]*`|for .*$|window\(.*$")
 
 
@@ -81,11 +86,29 @@ def attempt(case: Case, option: Option, reasons: list[str], target: Target) -> R
     lowered, backend, schedule, candidate = option
     row: Row = {"spec": case.name, "plan": candidate.name, "reasons": reasons}
     if len(reasons) < len(candidate.reasons) or not reasons:
-        return row | {"verdict": "not the kernel's"}
+        return row | {"verdict": NOT_ITS_OWN}
     comparison = _Comparison(Call.random(case.called, case.operands, str(target.torch_device), 0))
-    found = _result(candidate, Found(lowered, candidate, backend, schedule, ()), case.spec, target, comparison, 1)
+    prediction = price(lowered.graph, case.spec, schedule.priced, target.device)  # a plan has one, whatever it says
+    forced = attrs.evolve(candidate, prediction=prediction, reasons=())
+    found = _result(forced, Found(lowered, forced, backend, schedule, ()), case.spec, target, comparison, 1)
+    if found.status == FAILED and found.reasons and found.reasons[0].startswith("AssertionError"):
+        if schedule.runs not in MASKED_BY_HAND:
+            return row | {"verdict": "no argument"}
+        found, row = _by_hand(found, schedule.runs, comparison), {**row, "by hand": True}
     verdict = "wrong" if found.status == AGREES else "right"
     return row | {"verdict": verdict, "status": found.status, "worst": found.worst, "said": found.reasons[:1]}
+
+
+def _by_hand(result: Result, kernel: str, comparison: _Comparison) -> Result:
+    """Return what a kernel makes of the mask as a tensor."""
+    call = comparison.call
+    try:
+        got = call.by_autograd(call.spec.dtype, False, MASKED_BY_HAND[kernel])
+    except Exception as error:  # whatever it raises says that the refusal was right
+        return attrs.evolve(result, reasons=(f"{type(error).__name__}: {error}"[:300],))
+    checks = tuple(comparison.checks(got, False))
+    status = AGREES if all(c.passed for c in checks) else DIFFERS
+    return attrs.evolve(result, status=status, checks=checks, reasons=())
 
 
 def child(on_gpu: bool, skip: int) -> None:
@@ -174,7 +197,8 @@ def main() -> None:
     verdicts = Counter(row["verdict"] for row in ledger.found["rows"])
     tried = verdicts["right"] + verdicts["wrong"]
     print(f"{tried} refusals tried, {verdicts['wrong']} wrong ({100 * verdicts['wrong'] / max(1, tried):.1f} %); "
-          f"{verdicts.total() - tried} not the kernels'")  # fmt: skip
+          f"{verdicts['no argument']} that no interface can ask; {verdicts[NOT_ITS_OWN]} not the kernels'")  # fmt: skip
+    print(Counter((row.get("status"), str(row.get("said"))[:90]) for row in ledger.found["rows"]).most_common(12))
     for row in ledger.found["rows"]:
         if row["verdict"] == "wrong":
             print(f"  wrong: {row['spec']}, {row['plan']}: {'; '.join(row['reasons'])}")
