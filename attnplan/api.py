@@ -19,7 +19,7 @@ from attnplan.errors import SpecError
 from attnplan.packages import installed
 from attnplan.patterns import Mixture, Pattern
 from attnplan.plan import Plan
-from attnplan.search import Found, search
+from attnplan.search import CALLS, Found, search
 from attnplan.spec import OPERANDS, AttentionSpec
 from attnplan.units import parse_bytes
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 
 _KEPT_PLANS = 256
+CALLS_OF_A_SHAPE = 1_000
+"""Calls over which :func:`attention` and modules spread compiling: nobody says that a shape returns."""
+_UNPINNED: Mapping[str, Any] = {"backend": "auto", "strategy": "auto", "max_memory": None}
 _REMEMBERING = tuple(f"attnplan.{layer}." for layer in ("patterns", "ir", "passes", "cost", "ring", "backends"))
 """Modules whose functions remember what planning found."""
 
@@ -44,6 +47,8 @@ class _Key:
     deterministic: bool
     strict: bool
     tune: bool
+    calls: int
+    """Calls over which compiling is spread."""
     calibrated: int
     """When the calibration was written that plans are priced with."""
     fingerprint: str
@@ -104,6 +109,8 @@ def compile(  # noqa: A001  # the public name: attnplan.compile
 ) -> Plan:
     """Plan a spec for a device: lower it, prove every rewrite, price every way to run it, choose the cheapest.
 
+    What compiles at its first call, as FlexAttention does on a GPU, has to gain those seconds within 100,000 calls.
+
     Parameters
     ----------
     spec
@@ -123,7 +130,7 @@ def compile(  # noqa: A001  # the public name: attnplan.compile
     tune
         Measure the best few candidates on this machine, take the fastest, and remember it in the user's cache with
         the fingerprint of the machine. ``plan.tuning`` says what was measured and how far off the model was.
-        Programs that compile for seconds at their first call are candidates here, and only here.
+        Programs that compile at their first call are candidates here wherever they have been run on such a device.
     deterministic
         Choose only what repeats bit for bit.
     strict
@@ -165,12 +172,27 @@ def compile(  # noqa: A001  # the public name: attnplan.compile
     pins = {"backend": backend, "strategy": strategy, "max_memory": budget}
     if mesh is not None or spec.ring_size > 1:
         return _compile_ring(spec, device, mesh, pins, tune=tune, deterministic=deterministic)
-    target = resolve(device)
+    return planned(spec, resolve(device), pins, deterministic=deterministic, strict=strict, tune=tune)
+
+
+def planned(
+    spec: AttentionSpec,
+    target: Target,
+    pins: Mapping[str, Any] = _UNPINNED,
+    *,
+    deterministic: bool = False,
+    strict: bool = False,
+    tune: bool = False,
+    calls: int = CALLS,
+) -> Plan:
+    """Return the plan on one device, from the cache if there is one."""
     name = target.torch_device or target.device.name
-    key = _Key(spec, name, backend, strategy, budget, deterministic, strict, tune, calibrated_at(target), fingerprint())
+    calls = calls if target.device.kind == "cuda" else CALLS  # nothing that compiles is chosen elsewhere
+    options = (deterministic, strict, tune, calls, calibrated_at(target), fingerprint())
+    key = _Key(spec, name, pins["backend"], pins["strategy"], pins["max_memory"], *options)
     plan = _plans.get(key)
     if plan is None:
-        found, tuning = _found(spec, target, pins, deterministic=deterministic, tune=tune)
+        found, tuning = _found(spec, target, pins, deterministic=deterministic, tune=tune, calls=calls)
         made = Plan(spec, target, found, pins, strict=strict, deterministic=deterministic)
         made.tuning = tuning
         plan = _plans.put(key, made)
@@ -179,11 +201,11 @@ def compile(  # noqa: A001  # the public name: attnplan.compile
 
 
 def _found(
-    spec: AttentionSpec, target: Target, pins: Mapping[str, Any], *, deterministic: bool, tune: bool
+    spec: AttentionSpec, target: Target, pins: Mapping[str, Any], *, deterministic: bool, tune: bool, calls: int
 ) -> tuple[Found, Any]:
     """Return the choice by price, or by measurement and what was measured."""
     if not tune:
-        return search(spec, target, **pins, deterministic=deterministic), None
+        return search(spec, target, **pins, deterministic=deterministic, calls=calls), None
     from attnplan.tune import tuned
 
     return tuned(spec, target, pins, deterministic=deterministic)
@@ -369,7 +391,9 @@ def plan_for(
     plan: Plan | None = _calls.get(key)
     if plan is None:
         spec = _inferred(q, k, v, pattern, causal, scale, softcap, dropout, layout, operands)
-        plan = _calls.put(key, compile(spec, q.device, backend, strategy, max_memory))
+        budget = None if max_memory is None else parse_bytes(max_memory)
+        pins = {"backend": backend, "strategy": strategy, "max_memory": budget}
+        plan = _calls.put(key, planned(spec, resolve(q.device), pins, calls=CALLS_OF_A_SHAPE))
         assert plan is not None
     return plan
 

@@ -22,7 +22,7 @@ from attnplan.cost import calibration as calibrations
 from attnplan.cost.fit import Sample, alone, fitted
 from attnplan.cost.model import loads
 from attnplan.cost.parameters import Parameters, defaults
-from attnplan.cost.rules import Setting
+from attnplan.cost.setting import Setting
 from attnplan.errors import NoBackendError
 from attnplan.harness.entrants import Asked, Contestant, contest, contestants
 from attnplan.plan import Plan

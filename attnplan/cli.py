@@ -248,7 +248,7 @@ def backends(file: str | None, spec_file: str | None, backend: str, device: str,
             "name": b.name,
             "versions": b.versions(),
             "schedules": {s.name: _schedule_row(b, s, target) for s in b.schedules(target.device)},
-            "automatic": b.automatic,
+            "automatic": any(map(b.is_automatic, b.schedules(target.device))),
             "refused": list(b.availability(target)) or _nothing_for(b, target),
         }
         for b in registry().backends.values()
@@ -260,11 +260,14 @@ def backends(file: str | None, spec_file: str | None, backend: str, device: str,
         return
     for row in rows:
         versions = ", ".join(f"{n} {v or 'not installed'}" for n, v in row.get("versions", {}).items())
-        by_name = "" if row.get("automatic", True) else "   only when asked for by name"
+        by_name = "   only when asked for by name" if row.get("schedules") and not row["automatic"] else ""
         _echo(f"{row['name']:<10} {versions}{by_name}\n")
         for name, one in row.get("schedules", {}).items():
             where = f"run on {one['tested']}" if one["tested"] else "untested"
-            _echo(f"           {name:<9} {one['title']}   {where}\n")
+            forward, both = map(format_seconds, one["compile_seconds"])
+            once = f", compiles once, about {forward}, {both} to train" if any(one["compile_seconds"]) else ""
+            only = "" if one["automatic"] or by_name else ", only when asked for by name"
+            _echo(f"           {name:<9} {one['title']}   {where}{once}{only}\n")
             for reason in one["refused"]:
                 _echo(f"           {'':<9} refused   {reason}\n")
         for reason in row["refused"]:
@@ -277,6 +280,8 @@ def _schedule_row(backend: Any, schedule: Any, target: Any) -> dict[str, Any]:
         "title": schedule.title,
         "tested": schedule.tested,
         "deterministic": schedule.deterministic,
+        "automatic": backend.is_automatic(schedule),
+        "compile_seconds": list(schedule.compile_seconds),
         "refused": [reason for reason in backend.missing(schedule, target) if reason not in known],
     }
 
@@ -288,20 +293,24 @@ def _nothing_for(backend: Any, target: Any) -> list[str]:
 
 
 def _echo_candidates(spec: AttentionSpec, target: Any, backend: str, as_json: bool) -> None:
+    from attnplan.explain_tables import compiles
     from attnplan.search import candidates, without_schedules
 
     found = [c for c in candidates(spec, target) if backend in ("all", c.backend)]
     rest = {name: why for name, why in without_schedules(target.device).items() if backend in ("all", name)}
     if as_json:
         _echo_json([
-            *({"name": c.name, "seconds": c.prediction.seconds if c.prediction else None, "refused": list(c.reasons)}
+            *({"name": c.name, "seconds": c.prediction.seconds if c.prediction else None,
+               "compile_seconds": c.prediction.compile_seconds if c.prediction else None, "refused": list(c.reasons)}
               for c in found),
-            *({"name": name, "seconds": None, "refused": [why]} for name, why in rest.items()),
+            *({"name": name, "seconds": None, "compile_seconds": None, "refused": [why]} for name, why in rest.items()),
         ])  # fmt: skip
         return
     width = max(map(len, [*(c.name for c in found), *rest]), default=0)
     for c in found:
-        says = format_seconds(c.prediction.seconds) if c.prediction else f"refused   {c.reasons[0]}"
+        says = f"refused   {c.reasons[0]}" if c.reasons else ""
+        if c.prediction:
+            says = f"{format_seconds(c.prediction.seconds)}{compiles(c.prediction.compile_seconds)}"
         _echo(f"{c.name:<{width}}  {says}\n")
         for reason in c.reasons[1:]:
             _echo(f"{'':<{width}}            {reason}\n")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnplan.cost.tiles import attend_tiles
 from attnplan.errors import RingError, SpecError
-from attnplan.explain_tables import other_candidates
+from attnplan.explain_tables import compiles, other_candidates
 from attnplan.ir import Attend, Graph, Input, Merge, Mix, Node, Output, Receive, RowMap, Take
 from attnplan.ir.slots import slot_condition
 from attnplan.mask_text import TILES, mask_lines
@@ -136,13 +136,14 @@ def _candidate_facts(candidate: Candidate) -> dict[str, Any]:
         "backend": candidate.backend,
         "schedule": candidate.schedule,
         "seconds": None if prediction is None else prediction.seconds,
+        "compile_seconds": None if prediction is None else prediction.compile_seconds,
         "peak_bytes": None if prediction is None else prediction.peak_bytes,
         "refused": list(candidate.reasons),
     }
 
 
 def _io_bytes(spec: AttentionSpec) -> int:
-    from attnplan.cost.rules import ITEM_BYTES
+    from attnplan.cost.setting import ITEM_BYTES
 
     shape = spec.shape
     queries = spec.heads * shape.seq_len * (spec.head_dim + spec.value_dim)
@@ -223,7 +224,8 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     assumed = "" if device["here"] else ", assumed there"
     yield f"choice     {choice['name']}" + (f"   {versions}{assumed}" if versions else "")
     if choice["note"]:
-        yield f"           {choice['note']}"
+        once = f", about {format_seconds(choice['compile_seconds'])}" if choice["compile_seconds"] else ""
+        yield f"           {choice['note']}{once}"
     yield (
         f"predicted  {format_seconds(choice['seconds'])} {choice['work']} ({choice['basis']})    "
         f"peak {format_bytes(choice['peak_bytes'])} beside {format_bytes(choice['inputs_and_output_bytes'])} "
@@ -241,7 +243,9 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield from _mask_and_passes(found)
     yield from _op_table(found["ops"])
     yield from other_candidates(
-        found["others"], choice["seconds"], lambda one: f"peak {format_bytes(one['peak_bytes'])}"
+        found["others"],
+        choice["seconds"],
+        lambda one: f"peak {format_bytes(one['peak_bytes'])}{compiles(one['compile_seconds'])}",
     )
 
 

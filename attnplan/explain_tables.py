@@ -52,6 +52,17 @@ def other_candidates(
         yield f"{label}  {about}{format_seconds(one['seconds']):<9} {factor:<8} {costs(one)}"
 
 
+def compiles(seconds: float) -> str:
+    """Say what a first call takes beside, behind what else is said of a candidate.
+
+    Examples
+    --------
+    >>> compiles(6.0), compiles(0.0)
+    (', compiles once, about 6 s', '')
+    """
+    return f", compiles once, about {format_seconds(seconds)}" if seconds else ""
+
+
 def ring_candidates(others: list[dict[str, Any]], best: float) -> Iterator[str]:
     """Iterate over the lines about the other layouts and transports."""
     return other_candidates(

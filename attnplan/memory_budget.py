@@ -8,7 +8,7 @@ import attrs
 
 from attnplan.cost import Prediction
 from attnplan.cost.memory import floor_of_loop, peak_memory, peak_of_some
-from attnplan.cost.rules import KernelModel, Setting
+from attnplan.cost.setting import KernelModel, Setting
 from attnplan.ir import Graph, Output
 from attnplan.ir.coverage import Coverage
 from attnplan.passes.alike import bodies

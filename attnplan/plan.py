@@ -15,7 +15,7 @@ from attnplan.cost import Prediction, Target
 from attnplan.errors import AttnPlanError, KernelError, MemoryBudgetError, NoBackendError, RingError, SpecError
 from attnplan.ir import Attend, Graph, Output, Take
 from attnplan.passes import Chunk, Recompute, Step
-from attnplan.search import Candidate, Choice, Found, lowerings, search
+from attnplan.search import Candidate, Choice, Found, failing, lowerings, search
 from attnplan.spec import AttentionSpec
 from attnplan.tracing import Traced
 
@@ -76,6 +76,7 @@ class Plan(Traced):
         self.choice: str = found.candidate.name
         self.pins = dict(pins)
         self.strict, self.deterministic = strict, deterministic
+        self._searched: dict[str, Any] = {"deterministic": deterministic, "calls": found.calls}
         self.tuning: Any = None
         self.saved: Record | None = None
         self._backend: Backend = found.backend
@@ -85,8 +86,7 @@ class Plan(Traced):
         self._lock = threading.Lock()
         self._seen: tuple[Any, ...] = (None,) * 5
         self._always_check = bool(spec.operands)
-        self._swapped = spec.layout == "bshd"
-        self._has_lse = spec.has_lse
+        self._swapped, self._has_lse = spec.layout == "bshd", spec.has_lse
         self._follows: bool | None = None
         self._next: Plan | None = None
         self._failed: dict[Choice, str] = {}
@@ -245,9 +245,10 @@ class Plan(Traced):
             return self._next
         if self.strict or self.pins.get("backend", "auto") != "auto":
             raise error
-        failed = {**self._failed, (self.strategy, self.backend, self.schedule): f"failed in a call: {error}"}
+        choice, why = (self.strategy, self.backend, self.schedule), f"failed in a call: {error}"
+        failed = {**self._failed, **failing(self.candidates, choice, self._schedule, why)}
         try:
-            found = search(self.spec, self.target, **self.pins, deterministic=self.deterministic, failed=failed)
+            found = search(self.spec, self.target, **self.pins, **self._searched, failed=failed)
         except (NoBackendError, MemoryBudgetError):
             raise error from None
         warnings.warn(

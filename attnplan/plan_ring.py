@@ -72,7 +72,9 @@ class RingPlan(Sharded, Plan):
         self.strategy = self.candidate.name
         self.ranks = self.candidate.ring * self.candidate.ulysses
         self.predicted = RingPrediction(  # type: ignore[assignment]  # no figures for each op
-            self.candidate.seconds, self.candidate.peak_bytes
+            self.candidate.seconds,
+            self.candidate.peak_bytes,
+            found.runners[0].schedule.compiles_for(spec.training),
         )
         self.runners, self.refused = found.runners, found.refused
         self.backend, self.schedule = found.runners[0].backend.name, found.runners[0].schedule.name

@@ -11,92 +11,26 @@ import attrs
 from attnplan.backends import Backend, Schedule, registry
 from attnplan.backends.base import import_failure
 from attnplan.cost import Device, Prediction, Target, parameters_for, price
+from attnplan.cost.workspaces import like
 from attnplan.errors import MemoryBudgetError, NoBackendError, SpecError, did_you_mean
 from attnplan.ir import Attend, Graph, Merge, Mix, Node
 from attnplan.ir.coverage import Coverage, spec_coverage
 from attnplan.ir.slots import slot_condition
 from attnplan.lower import lower
 from attnplan.memory_budget import Way, fit, least
-from attnplan.passes import (
-    BatchBranches,
-    BlockSparse,
-    Canonicalize,
-    Decompose,
-    FuseMerge,
-    Lattice,
-    Pass,
-    Pipeline,
-    PullMerge,
-    SplitHeads,
-    Step,
-    Views,
-)
+from attnplan.passes import Decompose, Step
 from attnplan.passes.decompose import is_union
 from attnplan.passes.pipeline import Memo
 from attnplan.spec import AttentionSpec
+from attnplan.strategies import STRATEGIES, Tiling, pipelines
 from attnplan.units import format_bytes
 
-STRATEGIES: Mapping[str, Pipeline] = {
-    "naive": Pipeline(()),
-    "dense": Pipeline((Canonicalize(), SplitHeads(), FuseMerge())),
-    "lattice": Pipeline((Canonicalize(), SplitHeads(), Lattice(), FuseMerge())),
-    "lattice-views": Pipeline((Canonicalize(), SplitHeads(), Lattice(), Views(), FuseMerge(), PullMerge())),
-    "lattice-batch": Pipeline((Canonicalize(), SplitHeads(), Lattice(), FuseMerge(), PullMerge(), BatchBranches())),
-    "blocks": Pipeline((Canonicalize(), SplitHeads(), BlockSparse(), FuseMerge())),
-    "blocks-rows": Pipeline(
-        (Canonicalize(), SplitHeads(), Decompose(full_rows=True), BlockSparse(), FuseMerge(), PullMerge())
-    ),
-    "decompose": Pipeline((Canonicalize(), SplitHeads(), Decompose(), Lattice(), BlockSparse(), FuseMerge())),
-    "decompose-pull": Pipeline(
-        (Canonicalize(), SplitHeads(), Decompose(), Lattice(), BlockSparse(), FuseMerge(), PullMerge())
-    ),
-}
-"""Legal pipelines.
-
-``dense`` attends over whole rows, masked where a kernel does not know the pattern; ``lattice`` takes segments and
-dilation apart; ``lattice-views`` and ``lattice-batch`` do so with kernels of our own around those of attention, which
-need Triton: one join writes each row once, and rows are strided views in more launches, or copied for fewer of them;
-``blocks`` run the tiles of the mask that hold pairs, or a band as overlapping chunks, and ``blocks-rows`` rows that see
-every key apart from them; ``decompose`` cuts set unions
-into disjoint parts, each of which the others take up, and ``decompose-pull`` joins them by a kernel of our own;
-``naive`` is the lowering itself, which only the reference runs. Where a schedule has no tiles, ``block-sparse`` is left
-out; where it has no CUDA kernel, so are ``views``, ``pull-merge`` and ``batch-branches``.
-"""
-
-
-Tiling = tuple[tuple[int, int], int | None]
-"""Tile (queries, keys) and chunk of a schedule; without a chunk it runs bands whole."""
-
-
-Fusing = tuple[str, int]
-"""Layout and batch size of the tensors between which our own kernels gather and join."""
-
-
-def pipelines(tiling: Tiling | None, fusing: Fusing | None = None) -> dict[str, Pipeline]:
-    """Return the pipelines for a schedule with tiles of this size; without tiles there is no ``blocks``.
-
-    Without ``fusing`` there is no strategy that needs kernels of our own.
-    """
-    sized = {name: Pipeline(tuple(_sized(p.passes, tiling, fusing))) for name, p in STRATEGIES.items()}
-    if tiling is None:
-        del sized["blocks-rows"]  # without tiles no row holds others up
-    first = {pipeline: name for name, pipeline in reversed(sized.items())}
-    return {name: pipeline for name, pipeline in sized.items() if first[pipeline] == name}
-
-
-def _sized(passes: tuple[Pass, ...], tiling: Tiling | None, fusing: Fusing | None) -> Iterator[Pass]:
-    for one in passes:
-        if isinstance(one, BlockSparse):
-            if tiling is not None:
-                yield BlockSparse(*tiling)
-        elif isinstance(one, Views | BatchBranches):
-            if fusing is not None:
-                yield attrs.evolve(one, layout=fusing[0], batch=fusing[1])
-        elif not isinstance(one, PullMerge) or fusing is not None:
-            yield one
-
-
 _NONE: Mapping[tuple[str, str, str], str] = {}
+CALLS = 100_000
+"""Calls over which a choice spreads the seconds for which a first call compiles: a short training of one layer.
+
+The 6 to 10 seconds of FlexAttention are then 60 to 100 us a call.
+"""
 
 
 @attrs.frozen
@@ -137,7 +71,9 @@ class Found:
     backend: Backend
     schedule: Schedule
     candidates: tuple[Candidate, ...]
-    """Every candidate: the accepted ones by predicted time, then the refused."""
+    """Every candidate: the accepted ones by predicted time, their share of compiling included, then the refused."""
+    calls: int = CALLS
+    """Calls over which compiling was spread."""
 
 
 @lru_cache(maxsize=128)
@@ -202,8 +138,9 @@ def search(
     failed: Mapping[tuple[str, str, str], str] = _NONE,
     loops: bool = True,
     measured: bool = False,
+    calls: int = CALLS,
 ) -> Found:
-    """Price every candidate and return the cheapest.
+    """Price every candidate and return the cheapest over some calls, the first of which may compile.
 
     With ``deterministic`` only schedules that repeat bit for bit are candidates; what ``failed`` in a call is none,
     for the reason given there. Without ``loops`` nothing is cut into pieces to meet the budget, which takes seconds to
@@ -229,20 +166,25 @@ def search(
     budget = target.device.memory if max_memory is None else max_memory
     fitting = [o for o in options if o[3].prediction and o[3].prediction.peak_bytes <= budget]
     if loops and (max_memory is not None or not fitting):
-        fitting += _fitted(spec, target, options, budget)
+        fitting += _fitted(spec, target, options, budget, calls)
     kept = {id(o) for o in fitting}
     refused = [_over_budget(o[3], budget, max_memory) for o in options if id(o) not in kept]
     if not fitting:
         raise _nothing_fits(spec, target, options, refused, max_memory, loops=loops)
-    fitting.sort(key=lambda o: o[3].prediction.seconds if o[3].prediction else 0.0)
+    fitting.sort(key=lambda o: _spread(o[3].prediction, calls))
     lowered, chosen_backend, schedule, candidate = fitting[0]
-    return Found(lowered, candidate, chosen_backend, schedule, (*(o[3] for o in fitting), *refused))
+    return Found(lowered, candidate, chosen_backend, schedule, (*(o[3] for o in fitting), *refused), calls)
+
+
+def _spread(prediction: Prediction | None, calls: int) -> float:
+    """Return the seconds of a call with its share of the first one's compiling; infinite for what is refused."""
+    return float("inf") if prediction is None else prediction.seconds + prediction.compile_seconds / calls
 
 
 def candidates(spec: AttentionSpec, target: Target) -> tuple[Candidate, ...]:
     """Return every candidate, the accepted ones by predicted time, whether or not any can run."""
     found = [option[3] for option in _options(spec, target, "auto", "auto")]
-    return tuple(sorted(found, key=lambda c: c.prediction.seconds if c.prediction else float("inf")))
+    return tuple(sorted(found, key=lambda c: _spread(c.prediction, CALLS)))
 
 
 def every_way(spec: AttentionSpec, target: Target) -> Iterator[tuple[Candidate, Found | None]]:
@@ -289,6 +231,13 @@ def _options(
                         yield _option(spec, target, lowered, candidate_backend, schedule, pins, more, measured=measured)
 
 
+def failing(candidates: Sequence[Candidate], choice: Choice, schedule: Schedule, why: str) -> dict[Choice, str]:
+    """Return what is not tried after a choice failed: it, and what a kernel that skips tiles by itself runs as well."""
+    strategy, backend, name = choice
+    same = [c.strategy for c in candidates if schedule.kernel.skips and (c.backend, c.schedule) == (backend, name)]
+    return {(one, backend, name): why for one in (strategy, *same)}
+
+
 def _more(
     strategy: str, backend: Backend, schedule: Schedule, deterministic: bool, failed: Mapping[Choice, str]
 ) -> Iterator[str]:
@@ -309,19 +258,26 @@ def _option(
     *,
     measured: bool = False,
 ) -> Option:
-    automatic = schedule.is_automatic(spec.training)
-    automatic &= backend.automatic or (measured and backend.compiles and bool(schedule.tested))
     reasons = [*backend.missing(schedule, target), *fusion_missing(lowered.graph, target), *more]
-    reasons += _pinned(lowered.strategy, backend.name, automatic, *pins)
+    reasons += _pinned(lowered.strategy, backend.name, *pins)
+    by_name = backend.by_name_only(spec, schedule, measured=measured) if pins[0] == "auto" else ""
+    reasons += [by_name] if by_name else []
     reasons += backend.refuse(lowered.graph, spec, schedule, target.device)
-    prediction = None if reasons else price(lowered.graph, spec, schedule.priced, target.device, parameters_for(target))
+    prediction = None if reasons else priced(lowered.graph, spec, schedule, target)
     candidate = Candidate(lowered.strategy, backend.name, schedule.name, prediction, tuple(reasons))
     return lowered, backend, schedule, candidate
 
 
+def priced(graph: Graph, spec: AttentionSpec, schedule: Schedule, target: Target) -> Prediction:
+    """Return what a graph takes under one schedule of a backend, with the seconds for which its first call compiles."""
+    found = price(graph, spec, schedule.priced, target.device, parameters_for(target))
+    once = schedule.compiles_for(spec.training)
+    return attrs.evolve(found, compile_seconds=once) if once else found
+
+
 def _way(spec: AttentionSpec, target: Target, backend: Backend, schedule: Schedule) -> Way:
     def price_it(graph: Graph) -> Prediction:
-        return price(graph, spec, schedule.priced, target.device, parameters_for(target))
+        return priced(graph, spec, schedule, target)
 
     def accepts(graph: Graph) -> bool:
         return not backend.refuse(graph, spec, schedule, target.device)
@@ -329,16 +285,15 @@ def _way(spec: AttentionSpec, target: Target, backend: Backend, schedule: Schedu
     return Way(spec, schedule.priced, target.device.kind, price_it, accepts)
 
 
-def _fitted(spec: AttentionSpec, target: Target, options: Sequence[Option], budget: int) -> list[Option]:
+def _fitted(spec: AttentionSpec, target: Target, options: Sequence[Option], budget: int, calls: int) -> list[Option]:
     """Return a loop that fits for each option that does not fit and is faster than all that do."""
     predictions = [o[3].prediction for o in options if o[3].prediction]
-    best = min((p.seconds for p in predictions if p.peak_bytes <= budget), default=float("inf"))
+    best = min((_spread(p, calls) for p in predictions if p.peak_bytes <= budget), default=float("inf"))
     found: list[Option] = []
     over = [o for o in options if o[3].prediction and o[3].prediction.peak_bytes > budget]
     hopeless: set[_Kind] = set()
-    for lowered, backend, schedule, candidate in sorted(over, key=lambda o: o[3].prediction.seconds):  # type: ignore[union-attr]
-        assert candidate.prediction is not None
-        if candidate.prediction.seconds >= best:  # a loop makes nothing faster
+    for lowered, backend, schedule, candidate in sorted(over, key=lambda o: _spread(o[3].prediction, calls)):
+        if _spread(candidate.prediction, calls) >= best:  # a loop makes nothing faster
             break
         if _memory_kind(lowered, schedule) in hopeless:
             continue
@@ -349,7 +304,7 @@ def _fitted(spec: AttentionSpec, target: Target, options: Sequence[Option], budg
             looped = attrs.evolve(lowered, graph=fitted.graph, steps=(*lowered.steps, *fitted.steps))
             chosen = attrs.evolve(candidate, prediction=fitted.prediction, loop=fitted.title)
             found.append((looped, backend, schedule, chosen))
-            best = min(best, fitted.prediction.seconds)
+            best = min(best, _spread(fitted.prediction, calls))
     return found
 
 
@@ -363,13 +318,11 @@ def fusion_missing(graph: Graph, target: Target) -> Iterator[str]:
         yield f"its joins are Triton kernels, and import of triton failed: {failure}"
 
 
-def _pinned(has_strategy: str, name: str, automatic: bool, backend: str, strategy: str) -> Iterator[str]:
+def _pinned(has_strategy: str, name: str, backend: str, strategy: str) -> Iterator[str]:
     if strategy not in ("auto", has_strategy):
         yield f"strategy={strategy!r} was asked for"
     if backend not in ("auto", name):
         yield f"backend={backend!r} was asked for"
-    if backend == "auto" and not automatic:
-        yield f"runs only when asked for by backend={name!r}"
 
 
 def without_schedules(device: Device) -> dict[str, str]:
@@ -396,14 +349,15 @@ def _masked(graph: Graph) -> bool:
     return any(needs_mask(node, op) for node, op in graph.of(Attend))
 
 
-_Kind = tuple[Graph, bool, bool, int, frozenset[str]]
+_Kind = tuple[Graph, bool, bool, str, bool, frozenset[str]]
 """What the memory of a candidate depends on."""
 
 
 def _memory_kind(lowered: Lowered, schedule: Schedule) -> _Kind:
     kernel = schedule.kernel
     known = kernel.native if _masked(lowered.graph) else frozenset[str]()
-    return lowered.graph, kernel.materialises, kernel.writes_into, kernel.partials, known
+    alike = like(schedule.priced.key)
+    return lowered.graph, kernel.materialises, kernel.writes_into, alike, kernel.fuses, known
 
 
 def _nothing_fits(

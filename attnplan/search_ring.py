@@ -40,6 +40,8 @@ class RingPrediction:
     """Time of the slowest rank: forward, or forward and backward if the spec says ``training``."""
     peak_bytes: int
     """Memory beside inputs and output of the rank that needs the most."""
+    compile_seconds: float = 0.0
+    """Seconds for which the first call compiles, once; no part of :attr:`seconds`."""
 
 
 @attrs.frozen

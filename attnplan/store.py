@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import attrs
 
 from attnplan.backends import registry
-from attnplan.cost import Target, catalogue, parameters_for, price, resolve
+from attnplan.cost import Target, catalogue, resolve
 from attnplan.errors import AttnPlanError, SpecError, did_you_mean
 from attnplan.ir import Attend, Graph, Input, Output, parse_graph, print_graph
 from attnplan.ir.coverage import check_coverage, coverage, spec_coverage, spec_inputs
@@ -25,8 +25,9 @@ from attnplan.memory_budget import title
 from attnplan.passes import Chunk, Recompute, Step
 from attnplan.passes.base import Pass
 from attnplan.passes.chunk import check_pieces
-from attnplan.search import STRATEGIES, Candidate, Found, Lowered, fusion_missing
+from attnplan.search import Candidate, Found, Lowered, fusion_missing, priced
 from attnplan.spec import AttentionSpec
+from attnplan.strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from attnplan.plan import Plan
@@ -284,7 +285,7 @@ def _rebuilt(data: dict[str, Any]) -> Loaded:
     steps = tuple(Step(one, len(graph), len(graph), 0.0, graph) for one in loops)
     steps = (Step(Saved(), len(lower(spec)), len(graph), 0.0, graph), *steps)
     lowered = Lowered(data["strategy"], graph, steps)
-    prediction = price(graph, spec, schedule.priced, target.device, parameters_for(target))
+    prediction = priced(graph, spec, schedule, target)
     candidate = Candidate(data["strategy"], backend.name, schedule.name, prediction, loop=_loop_title(loops))
     found = Found(lowered, candidate, backend, schedule, (candidate,))
     return Loaded(spec, target, found, dict(data["pins"]), kept)

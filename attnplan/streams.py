@@ -11,7 +11,7 @@ import attrs
 
 from attnplan.calls import check_operand_names, require_here
 from attnplan.cost.memory import peak_memory
-from attnplan.cost.rules import ITEM_BYTES, Setting
+from attnplan.cost.setting import ITEM_BYTES, Setting
 from attnplan.errors import MemoryBudgetError, SpecError
 from attnplan.ir import Graph
 from attnplan.memory_budget import LEAST_ROWS

@@ -16,10 +16,10 @@ from attnplan.cost import Device, catalogue
 from attnplan.cost.fit import Sample, alone, fitted
 from attnplan.cost.model import loads, timed
 from attnplan.cost.parameters import Parameters, defaults
-from attnplan.cost.rules import ITEM_BYTES, Setting
+from attnplan.cost.setting import Setting
 from attnplan.harness.entrants import digest
 from attnplan.harness.rows import read_rows
-from attnplan.search import every_way
+from attnplan.search import CALLS, every_way
 from bench.grid import GRIDS, Case
 
 Row = dict[str, Any]
@@ -49,6 +49,8 @@ class Timed:
     """Predicted bytes beside inputs and output."""
     automatic: bool = False
     """Whether the planner may choose it by itself."""
+    once: float = 0.0
+    """What it adds to the price of a call because its first one compiles."""
 
     @property
     def seconds(self) -> float:
@@ -125,7 +127,7 @@ def read(paths: Sequence[Path]) -> tuple[Device, list[Judged], int]:
                     stale += 1
                     continue
                 sample = _sample(row, *known[name][1:3], device)
-            more = known[name][3:] if sample is not None else (None, False)
+            more = known[name][3:] if sample is not None else (None, False, 0.0)
             ways.append(Timed(name, row, sample, *more))
         if any(w.automatic for w in ways):
             judged.append(Judged(case, tuple(ways), tuple(_stand_ins(rows_of, known))))
@@ -139,19 +141,21 @@ def _target(device: Device) -> Any:
     return Target(device, None)
 
 
-Known = tuple[str, Any, Any, int, bool]
+Known = tuple[str, Any, Any, int, bool, float]
+"""Digest of the graph, setting, kernel, predicted peak, whether auto may take it, what compiling adds to a call."""
 
 
 def priceable(case: Case, device: Device) -> dict[str, Known]:
-    """Return graph's digest, setting, kernel, predicted peak and whether auto may take it, of what accepts a spec."""
+    """Return what is known of each candidate that accepts a spec, in the order of :data:`Known`."""
     found = {}
     for candidate, way in every_way(case.spec, _target(device)):
         if way is not None:
             kernel = way.schedule.priced
             setting = Setting.of(way.lowered.graph, case.spec, kernel)
             peak = candidate.prediction.peak_bytes if candidate.prediction else 0
-            automatic = way.backend.automatic and way.schedule.is_automatic(case.spec.training)
-            found[candidate.name] = (digest(way.lowered.graph), setting, kernel, peak, automatic)
+            automatic = not way.backend.by_name_only(case.spec, way.schedule)
+            once = way.schedule.compiles_for(case.spec.training) / CALLS
+            found[candidate.name] = (digest(way.lowered.graph), setting, kernel, peak, automatic, once)
     return found
 
 
@@ -212,7 +216,7 @@ def losses(
 
 def by_price(device: Device, table: Parameters) -> Callable[[Judged], Timed | None]:
     def choose(one: Judged) -> Timed | None:
-        return min((w for w in one.ways if w.automatic), key=lambda w: predicted(w, device, table))
+        return min((w for w in one.ways if w.automatic), key=lambda w: predicted(w, device, table) + w.once)
 
     return choose
 
@@ -274,7 +278,7 @@ def judge(judged: Sequence[Judged], device: Device, seed: int) -> Row:
     policies = {
         "auto": losses(held_out, choose),
         "auto, data sheet": losses(held_out, by_price(device, sheet)),
-        "auto, beside compiled": losses(held_out, choose, "best_candidate"),
+        "auto, beside what runs by name": losses(held_out, choose, "best_candidate"),
         "auto, beside calls by hand": losses(held_out, choose, "best"),
         "noise floor": losses(held_out, by_other_rounds),
         **{name: losses(held_out, always(names), "best") for name, names in POLICIES.items()},
@@ -340,31 +344,6 @@ def coverage(judged: Sequence[Judged]) -> float:
         mine = [w for w in one.ways if w.sample is not None]
         enough += len(mine) >= 3 and len({w.row["backend"] for w in mine}) >= 2
     return enough / max(1, len(judged))
-
-
-def peaks(judged: Sequence[Judged]) -> str:
-    """Say how predicted peaks compare with measured ones, which hold the output, and the gradients of a training."""
-    below, above, seen = [], [], 0
-    for one in judged:
-        spec = one.case.spec
-        size, shape = ITEM_BYTES[spec.dtype] * spec.batch, spec.shape
-        beside = size * spec.heads * shape.seq_len * spec.value_dim
-        if spec.training:
-            widths = spec.head_dim + spec.value_dim
-            beside += size * (spec.heads * shape.seq_len * spec.head_dim + spec.kv_heads * shape.kv_len * widths)
-        for way in one.ways:
-            if way.peak is None or "peak" not in way.row:
-                continue
-            seen += 1
-            measured = max(0, way.row["peak"]["allocated"] - beside)
-            if way.peak < measured:
-                below.append((measured - way.peak, f"{way.name} of {one.case.name}"))
-            elif way.peak > max(1.3 * measured, measured + 2**24):
-                above.append((way.peak - measured, f"{way.name} of {one.case.name}"))
-    lines = [f"peaks: {seen} measured, {len(below)} predicted below, {len(above)} above max(1.3 x, + 16 MiB)"]
-    for what, found in (("below", below), ("above", above)):
-        lines += [f"  {what} by {by / 2**20:,.1f} MiB: {name}" for by, name in sorted(found, reverse=True)[:5]]
-    return "\n".join(lines)
 
 
 def render(found: Sequence[Row]) -> str:
@@ -439,6 +418,8 @@ def main(paths: Sequence[Path], seeds: Sequence[int], out: Path | None) -> None:
           f"three candidates of two backends in {100 * coverage(judged):.0f} %")  # fmt: skip
     print(render(found))
     if device.kind == "cuda":
-        print(peaks(judged))
+        from bench.peaks import report  # which reads rows by this module
+
+        print(report(judged))
     if out is not None:
         out.write_text(json.dumps({"device": device.name, "seeds": found}, indent=1) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ import attrs
 
 from attnplan.backends.base import import_failure
 from attnplan.cost import Target
-from attnplan.cost.rules import ITEM_BYTES
+from attnplan.cost.setting import ITEM_BYTES
 from attnplan.harness.entrants import Asked, contest, contestants
 from attnplan.harness.peers import BLOCK_MASK_ELEMENTS, MASK_ELEMENTS, contestants_by_hand
 from attnplan.runtime.clock import Plenty

@@ -256,7 +256,7 @@ def summary(rows: list[Row]) -> str:
 def _losses(rows: list[Row]) -> Iterator[float]:
     for spec in dict.fromkeys(r["spec"] for r in rows):
         timed = [r for r in rows if r["spec"] == spec and "seconds" in r and "predicted" in r]
-        automatic = [r for r in timed if r["backend"] != "compiled"]
+        automatic = [r for r in timed if r["backend"] != "compiled" or r["schedule"] == "flex"]
         if automatic:
             chosen = min(automatic, key=lambda r: r["predicted"])
             yield chosen["seconds"] / min(r["seconds"] for r in timed) - 1

@@ -8,7 +8,7 @@ import pytest
 from attnplan import AttentionSpec
 from attnplan import patterns as P
 from attnplan.cost import KernelModel, price, resolve
-from attnplan.cost.rules import copied_takes
+from attnplan.cost.setting import copied_takes
 from attnplan.errors import PassError
 from attnplan.ir import Attend, Graph, Merge, Mix, RowMap
 from attnplan.ir.launch import launch_key, launches, strides_in_rows
@@ -26,7 +26,8 @@ from attnplan.passes import (
     batch_branches,
     pull_merge,
 )
-from attnplan.search import _start, lowerings, pipelines
+from attnplan.search import _start, lowerings
+from attnplan.strategies import pipelines
 
 _FRONT = (Canonicalize(), SplitHeads(), Lattice())
 LONGNET = AttentionSpec(

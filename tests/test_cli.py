@@ -211,6 +211,26 @@ def test_backends_are_listed():
     assert "refused   has no schedule for cpu, a cpu device" in text
 
 
+def test_backends_say_what_compiles_and_what_auto_leaves_to_those_who_ask():
+    here, there = ok("backends"), ok("backends", "--device", "h100")
+    assert re.search(r"(?m)^compiled +torch \S+   only when asked for by name$", here)
+    assert re.search(r"(?m)^compiled +torch \S+$", there)
+    flex = r"(?m)^ +flex +FlexAttention   run on H100, compiles once, about 6 s, 10 s to train$"
+    assert re.search(flex, there)
+    assert re.search(r"(?m)^ +flex-flash .*   untested, only when asked for by name$", there)
+    assert re.search(r"(?m)^xformers +torch [^ ]+, mslk .* installed$", here), "it has nothing for a CPU to ask for"
+    rows = {r["name"]: r for r in json.loads(ok("backends", "--device", "h100", "--json"))}
+    assert {n: r["automatic"] for n, r in rows["compiled"]["schedules"].items() if r["automatic"]} == {"flex": True}
+    assert rows["compiled"]["schedules"]["flex"]["compile_seconds"] == [6.0, 10.0]
+    assert (rows["compiled"]["automatic"], rows["reference"]["automatic"]) == (True, False)
+    long = ["--seq-len", "65536", "--heads", "16", "--head-dim", "128", "--dtype", "bfloat16"]
+    asked = ["backends", "--device", "h100", *long, "--pattern", "random_blocks(0.1, block_size=128)"]
+    assert re.search(r"(?m)^dense > compiled \(flex\) .* ms, compiles once, about 6 s$", ok(*asked))
+    priced = {r["name"]: r["compile_seconds"] for r in json.loads(ok(*asked, "--json"))}
+    assert (priced["dense > compiled (flex)"], priced["blocks > flash (fa4)"]) == (6.0, 0.0)
+    assert priced["naive > reference (float64)"] is None
+
+
 def test_backends_say_why_they_refuse_a_spec(file):
     spec = file(TOML + "softcap = 2.0\n")
     text = ok("backends", "--device", "v100", "--spec", spec)

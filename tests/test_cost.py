@@ -14,13 +14,15 @@ from attnplan import patterns as P
 from attnplan.backends import registry
 from attnplan.cost import Cost, KernelModel, catalogue, price, resolve
 from attnplan.cost.device import local_cpu
+from attnplan.cost.joins import rows_there
 from attnplan.cost.memory import peak_bytes
-from attnplan.cost.rules import RULES, Setting, backward_cost, forward_cost
+from attnplan.cost.rules import RULES, backward_cost, forward_cost
+from attnplan.cost.setting import Setting, value_bytes
 from attnplan.errors import PassError, SpecError
 from attnplan.ir import Input, Op
 from attnplan.ir.ops import OPS
 from attnplan.lower import lower
-from attnplan.search import candidates, lowerings
+from attnplan.search import candidates, every_way, lowerings
 from attnplan.spec import DTYPES
 from tests import strategies as some
 
@@ -93,6 +95,41 @@ def test_the_backward_costs_two_and_a_half_forwards():
     graph, setting = setting_of(SPEC)
     attend = next(n for n in graph if n.op.name == "attend")
     assert backward_cost(attend, setting).flops == 2.5 * forward_cost(attend, setting).flops
+
+
+@pytest.mark.parametrize("writes_into", [False, True])
+def test_disjoint_parts_are_copied_only_where_no_kernel_writes_them(writes_into):
+    """What is emitted: fill the LSE and copy each part's, copy each part that is not in the output already."""
+    spec = AttentionSpec(seq_len=64, heads=4, head_dim=16, dtype="bfloat16", pattern=P.documents([16, 40, 8]))
+    graph = next(x.graph for x in lowerings(spec) if x.strategy == "decompose")
+    join = graph[graph.output.args[0]]
+    kernel = attrs.evolve(KERNEL, writes_into=writes_into)
+    rows = 4 * 64
+    cost = forward_cost(join, Setting.of(graph, spec, kernel))
+    assert cost.bytes == (0 if writes_into else 2 * rows * 16 * 2) + 3 * rows * 4
+    assert cost.launches == 1 + 3 + (0 if writes_into else 3)
+
+
+def test_rows_that_a_kernel_wrote_are_not_moved_by_the_join():
+    spec = AttentionSpec(seq_len=4096, heads=8, head_dim=64, dtype="bfloat16", pattern=P.grouped([512, 1024], [1, 2]))
+    found = resolve("h100")
+    way = next(w for c, w in every_way(spec, found) if w is not None and c.name == "lattice-views > flash (fa4)")
+    graph, kernel = way.lowered.graph, way.schedule.priced
+    join = graph[graph.output.args[0]]
+    setting = Setting.of(graph, spec, kernel)
+    parts = sum(value_bytes(n, setting) for n in graph.args(join))
+    there = rows_there(graph, join, 0, writes_into=True)
+    assert there > 0
+    assert forward_cost(join, setting).bytes == parts + value_bytes(join, setting) - 2 * there * 64 * 2
+
+
+def test_rows_that_no_part_covers_are_filled():
+    spec = AttentionSpec(seq_len=64, heads=4, head_dim=16, dtype="bfloat16", pattern=P.documents([16, 48]))
+    graph = next(x.graph for x in lowerings(spec) if x.strategy == "decompose")
+    join, setting = graph[graph.output.args[0]], Setting.of(graph, spec, KERNEL)
+    whole, first = (forward_cost(attrs.evolve(join, args=args), setting) for args in (join.args, join.args[:1]))
+    assert (whole.launches, first.launches) == (1 + 2 + 2, 1 + 1 + 1 + 1)
+    assert whole.bytes - first.bytes == 2 * (4 * 48 * 16 * 2) - 4 * 64 * 16 * 2
 
 
 # ---------------------------------------------------------------------------------------------------------- prices

@@ -17,8 +17,8 @@ from attnplan.passes import Canonicalize, Decompose, FuseMerge, Lattice, Pipelin
 from attnplan.passes import decompose as module
 from attnplan.passes.decompose import Box, fold
 from attnplan.runtime.interpreter import interpret
-from attnplan.search import STRATEGIES
 from attnplan.spec import AttentionSpec
+from attnplan.strategies import STRATEGIES
 from tests import oracle
 from tests import strategies as some
 from tests.programs import prove, replaced, stages

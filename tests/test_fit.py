@@ -11,7 +11,7 @@ from attnplan.cost import catalogue, resolve
 from attnplan.cost.fit import Sample, fitted
 from attnplan.cost.model import loads, timed
 from attnplan.cost.parameters import CALIBRATED, defaults
-from attnplan.cost.rules import Setting
+from attnplan.cost.setting import Setting
 from attnplan.search import every_way
 
 

@@ -37,6 +37,7 @@ LAYERS = (
         "tune",
         "search",
         "search_ring",
+        "strategies",
         "memory_budget",
         "streams",
         "calls",

@@ -128,6 +128,23 @@ def test_regret_is_against_the_best_of_a_kind(rows):
     assert list(judge._beaten([other], lambda j: fastest)) == []
 
 
+def test_auto_is_judged_with_its_share_of_compiling(rows):
+    device, judged, _ = judge.read([rows[0]])
+    choose = judge.by_price(device, judge.defaults("cpu"))
+    one = next(j for j in judged if sum(w.automatic for w in j.ways) > 1)
+    first = choose(one)
+    ways = tuple(attrs.evolve(w, once=1.0) if w is first else w for w in one.ways)
+    second = choose(attrs.evolve(one, ways=ways))
+    assert second.automatic
+    assert second.name != first.name
+    case = next(c for c in grid.gpu() if c.name.startswith("window: window 4095") and not c.spec.training)
+    known = judge.priceable(case, judge.catalogue()["h100"])
+    _, _, _, _, automatic, once = known["dense > compiled (flex)"]
+    assert (automatic, once) == (True, pytest.approx(6e-5))
+    assert known["dense > eager (flash)"][4:] == (True, 0.0)
+    assert not known["dense > compiled (flex-flash)"][4]
+
+
 @pytest.mark.slow
 def test_a_model_of_one_device_is_judged_on_another(rows, capsys, monkeypatch, tmp_path):
     out = tmp_path / "transfer.json"

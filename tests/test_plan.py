@@ -16,7 +16,7 @@ import attnplan
 from attnplan import AttentionSpec
 from attnplan import patterns as P
 from attnplan.errors import MemoryBudgetError, NoBackendError, RingError, SpecError
-from attnplan.search import STRATEGIES
+from attnplan.strategies import STRATEGIES
 from attnplan.units import parse_bytes
 from tests.conftest import ROOT
 from tests.running import Call

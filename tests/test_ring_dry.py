@@ -15,7 +15,8 @@ from attnplan import patterns as P
 from attnplan.cli import main
 from attnplan.cost import catalogue
 from attnplan.cost.comm import exchange_seconds, links, pipelined_seconds
-from attnplan.cost.rules import KernelModel, Setting, forward_cost
+from attnplan.cost.rules import forward_cost
+from attnplan.cost.setting import KernelModel, Setting
 from attnplan.errors import RingError, SpecError
 from attnplan.explain_mesh import facts, render
 from attnplan.explain_tables import hop_table

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import attnplan
 from attnplan.cost import resolve
 from attnplan.errors import RingError
-from attnplan.search import candidates
+from attnplan.search import CALLS, candidates
 from attnplan.units import parse_bytes
 from bench import rule_of_thumb as bench
 
@@ -63,10 +63,14 @@ def test_a_budget_that_nothing_fits_is_refused_in_the_words_of_the_refusal() -> 
 
 
 def never_slower(auto: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Return whether ``auto`` is at least as fast as another kind, unless that computes fewer pairs."""
+    """Return whether ``auto`` is at least as fast as another kind, unless that computes fewer pairs.
+
+    What a first call compiles is spread over as many calls as a search spreads it over.
+    """
     if other["seconds"] is None:
         return True
-    return auto["seconds"] is not None and (auto["seconds"] <= other["seconds"] or other["pairs"] < auto["pairs"])
+    mine, theirs = (x["seconds"] and x["seconds"] + x.get("compile_seconds", 0.0) / CALLS for x in (auto, other))
+    return mine is not None and (mine <= theirs or other["pairs"] < auto["pairs"])
 
 
 def test_auto_is_never_slower_than_the_rule(rows: list[dict[str, Any]]) -> None:

@@ -69,6 +69,12 @@ class Schedule:
     """The package that it needs beside those of its backend: any one of these, each the only thing it needs."""
     modules: tuple[str, ...] = ()
     """Modules that hold its kernel: the first that can be imported is used."""
+    compile_seconds: tuple[float, float] = (0.0, 0.0)
+    """Seconds for which its first call compiles, forward and with a backward, as measured; 0 if that is not known."""
+
+    def compiles_for(self, training: bool) -> float:
+        """Return the seconds for which its first call compiles."""
+        return self.compile_seconds[training]
 
     def is_automatic(self, training: bool) -> bool:
         """Return whether ``backend="auto"`` may choose it."""
@@ -112,7 +118,7 @@ class Backend:
     automatic: ClassVar[bool] = True
     """Whether ``backend="auto"`` may choose it."""
     compiles: ClassVar[bool] = False
-    """Whether its first call compiles for seconds: ``backend="auto"`` may choose it where candidates are measured."""
+    """Whether its first call compiles for seconds: ``tune=True`` measures what of it has been run on such a device."""
 
     naive: ClassVar[bool] = False
     """Whether it runs the naive graph, and no strategy."""
@@ -124,6 +130,19 @@ class Backend:
     def refuse(self, graph: Graph, spec: AttentionSpec, schedule: Schedule, device: Device) -> tuple[str, ...]:
         """Return every reason why ``schedule`` cannot run ``graph``, in words; empty if it can."""
         raise NotImplementedError
+
+    def is_automatic(self, schedule: Schedule) -> bool:
+        """Return whether ``backend="auto"`` may choose a schedule for some specs."""
+        return self.automatic and schedule.automatic
+
+    def by_name_only(self, spec: AttentionSpec, schedule: Schedule, *, measured: bool = False) -> str:
+        """Return why ``backend="auto"`` leaves a schedule to those who ask for it; empty if it may choose it.
+
+        Where candidates will be ``measured``, tested schedules that compile may be chosen, too.
+        """
+        known = self.automatic or (measured and self.compiles and bool(schedule.tested))
+        free = known and schedule.is_automatic(spec.training)
+        return "" if free else f"runs only when asked for by backend={self.name!r}"
 
     def availability(self, target: Target) -> tuple[str, ...]:
         """Return every reason why this backend cannot run on this machine; empty for hardware that is elsewhere."""

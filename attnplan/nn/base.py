@@ -9,7 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from attnplan.api import attention, compile  # noqa: A004  # the public name
+from attnplan.api import CALLS_OF_A_SHAPE, attention, compile, planned  # noqa: A004  # the public name
+from attnplan.cost import resolve
 from attnplan.deferred import Deferred, no_lse, run_deferred
 from attnplan.errors import SpecError
 from attnplan.patterns import Mixture, Pattern, padding
@@ -236,6 +237,8 @@ class PatternAttention(nn.Module):
         chosen = pattern & padding() if padded else pattern
         sizes = {"ring_size": self.ring_size, **sizes}
         asked = AttentionSpec(pattern=chosen, scale=self.softmax_scale, layout="bshd", **sizes)
+        if self.mesh is None and asked.ring_size == 1:
+            return planned(asked, resolve(device), calls=CALLS_OF_A_SHAPE)  # as calls do
         if self.mesh is None:
             return compile(asked, device)
         return compile(asked, "auto", strategy=self._strategy, mesh=self.mesh)

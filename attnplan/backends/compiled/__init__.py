@@ -13,7 +13,7 @@ from typing import ClassVar
 import attrs
 
 from attnplan.backends.base import Backend, Schedule
-from attnplan.backends.eager import CUDNN, FLASH_CPU, FLASH_CUDA, Eager
+from attnplan.backends.eager import CUDNN_WITHOUT_MASKS, FLASH_CPU, FLASH_CUDA, Eager
 from attnplan.backends.limits import TF32
 from attnplan.cost import Device, KernelModel, Target
 from attnplan.ir import Attend, Graph, Merge, Mix, Node, Take
@@ -39,6 +39,8 @@ FLEX_CUDA = Schedule(
     tile=(128, 128),
     chunk=None,
     tested="H100",
+    modules=("triton",),
+    compile_seconds=(6.0, 10.0),  # of 21 and 6 first calls in bench/results/regret-h100-xformers.json three in four
 )
 FLEX_FLASH = Schedule(
     name="flex-flash",
@@ -69,20 +71,25 @@ INDUCTOR_KEPT_CPU = Schedule(
 FLASH_SINCE = (2, 13)
 """Earlier versions of torch hand masks to its kernels that flash-attn 4 reads in another way."""
 _FLASH_WIDTHS = (64, 128)
+_TIMED_WIDTHS = (64, 128)
+_TIMED_ROWS = 128
+"""FlexAttention has another kernel for fewer queries."""
+_SCORES = frozenset({"bias", "alibi_slopes"})
+"""Operands that change scores."""
 
 
 def _around(kernel: Schedule, name: str) -> Schedule:
     """Return a schedule of one of torch's own kernels, around which Inductor fuses what takes and joins rows."""
     return Schedule(
         name=name,
-        kernel=attrs.evolve(kernel.kernel, key=kernel.runs, native=frozenset()),
+        kernel=attrs.evolve(kernel.kernel, key=kernel.runs, native=frozenset(), fuses=True),
         title=f"{kernel.title}, lattices fused around it",
         chunk=None,
         tested="CPU" if kernel is FLASH_CPU else "",
     )
 
 
-LATTICES = {"sdpa": FLASH_CPU, "sdpa-cudnn": CUDNN, "sdpa-flash": FLASH_CUDA}
+LATTICES = {"sdpa": FLASH_CPU, "sdpa-cudnn": CUDNN_WITHOUT_MASKS, "sdpa-flash": FLASH_CUDA}
 """The kernel of each schedule for lattices: one of the ``eager`` backend, whose limits hold here, too."""
 SDPA_CPU, SDPA_CUDNN, SDPA_FLASH = (_around(kernel, name) for name, kernel in LATTICES.items())
 
@@ -93,8 +100,8 @@ class Compiled(Backend):
 
     ``inductor-kept`` keeps the weights of these tiles for the backward: faster to train, for the memory that it says.
 
-    It is not chosen by ``backend="auto"``: the first call compiles for seconds, which no prediction of a call holds.
-    With ``tune=True`` the schedules that have been run on a kind of device are measured beside the others, compiled.
+    ``backend="auto"`` may choose a schedule whose seconds of compiling are known, for what it has been timed on: see
+    :meth:`by_name_only`. With ``tune=True`` all that have been run on a kind of device are measured beside the others.
     """
 
     name: ClassVar[str] = "compiled"
@@ -103,7 +110,7 @@ class Compiled(Backend):
     compiles: ClassVar[bool] = True
     inlines: ClassVar[bool] = True
     """Whether a trace takes up the program itself."""
-    note: ClassVar[str] = "compiled once for each structure, at the first call: seconds that are not priced"
+    note: ClassVar[str] = "compiles once for each layout of its tensors, at its first call"
 
     def schedules(self, device: Device) -> tuple[Schedule, ...]:
         return (
@@ -111,6 +118,22 @@ class Compiled(Backend):
             if device.kind == "cpu"
             else (FLEX_CUDA, FLEX_FLASH, SDPA_CUDNN, SDPA_FLASH)
         )
+
+    def is_automatic(self, schedule: Schedule) -> bool:
+        """Return whether ``backend="auto"`` may choose a schedule for some specs."""
+        return schedule.automatic and bool(schedule.tested) and any(schedule.compile_seconds)
+
+    def by_name_only(self, spec: AttentionSpec, schedule: Schedule, *, measured: bool = False) -> str:
+        """Return why ``backend="auto"`` leaves a schedule to those who ask for it; empty if it may choose it.
+
+        It may choose what has been run on such a device and whose seconds of compiling are known, for specs like those
+        that were timed there.
+        """
+        found = super().by_name_only(spec, schedule, measured=measured)
+        if not found or not self.is_automatic(schedule):
+            return found
+        why = next(_untimed(spec), "")
+        return f"{found}: {why}" if why else ""
 
     def missing(self, schedule: Schedule, target: Target) -> tuple[str, ...]:
         """Return why this machine cannot run a schedule: see :meth:`~attnplan.backends.base.Backend.missing`."""
@@ -127,6 +150,22 @@ class Compiled(Backend):
         if schedule.name in LATTICES:
             return tuple(_lattice_reasons(graph, spec, schedule, device))
         return tuple(_reasons(graph, spec, schedule, device))
+
+
+def _untimed(spec: AttentionSpec) -> Iterator[str]:
+    """Yield in what a spec differs from those for which FlexAttention has been timed on a GPU."""
+    if not spec.is_static:
+        yield "each length would be compiled by itself, and the spec has open lengths"
+    if spec.dtype not in ("float16", "bfloat16"):
+        yield f"it was timed with float16 and bfloat16, the spec has {spec.dtype}"
+    if not {spec.head_dim, spec.value_dim} <= {*_TIMED_WIDTHS}:
+        widths = " and ".join(map(str, _TIMED_WIDTHS))
+        yield f"it was timed with head_dim of {widths}, the spec has {spec.head_dim} and {spec.value_dim}"
+    if spec.shape.seq_len < _TIMED_ROWS:
+        yield f"it was timed with {_TIMED_ROWS} queries and more, the spec has {spec.shape.seq_len}"
+    changed = [*sorted(_SCORES & spec.operands), *(["softcap"] if spec.softcap is not None else [])]
+    if changed:
+        yield f"it was timed without score functions, the spec has {' and '.join(changed)}"
 
 
 def _reasons(graph: Graph, spec: AttentionSpec, schedule: Schedule, device: Device) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, compiler
 
 from attnplan.backends.base import Program, Schedule
 from attnplan.backends.compiled import LATTICES
@@ -93,7 +93,13 @@ class Inlined:
         self.flex, self.sinks = flex, sinks
 
     def takes(self, q: Tensor, k: Tensor, v: Tensor, return_lse: bool) -> bool:
-        """Return whether this call can be taken up."""
+        """Return whether this call can be taken up.
+
+        An exported program may run without a compiler, and FlexAttention would then write all scores: there a plan is
+        an operator, which compiles.
+        """
+        if compiler._is_exporting_flag:
+            return False
         return not return_lse or self.flex.like.options.kernel != "FLASH"
 
     def __call__(

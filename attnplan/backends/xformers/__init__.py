@@ -16,7 +16,7 @@ from attnplan.backends.base import Backend, Schedule
 from attnplan.backends.eager import NO_WIDE_BACKWARD, efficient_alignment, float32_reason
 from attnplan.backends.limits import HALF, Limits, dotted, found_documents, reasons
 from attnplan.cost import Device, KernelModel
-from attnplan.cost.rules import ITEM_BYTES
+from attnplan.cost.setting import ITEM_BYTES
 from attnplan.ir import Attend, Graph
 from attnplan.ir.slots import slot_condition
 from attnplan.spec import AttentionSpec
@@ -47,7 +47,7 @@ CUTLASS = Schedule(
 )
 SPLIT_K = Schedule(
     "split-k",
-    KernelModel(efficiency=0.2, masks=False, skips_causal=False, partials=64),
+    KernelModel(efficiency=0.2, masks=False, skips_causal=False),
     "xformers' Triton split-K forward, FlashAttention-2 backward",
     runs="xformers-split-k",
     packages=PACKAGES,
