@@ -1,6 +1,6 @@
 """Draws the speed of flash-attn 4 over random blocks against the share of them that is kept, beside dense attention.
 
-    python -m bench.blocks_plot bench/results/gpu-backends-fa4-h100.json docs/img/random-blocks.svg
+    python -m bench.blocks_plot bench/results/kernels-fa4-h100.json docs/img/random-blocks.svg
 
 A plan, flash-attn 4 called by hand, and what was wanted.
 """

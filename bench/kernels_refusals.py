@@ -45,6 +45,8 @@ OURS = (
     "needs compute capability", "runs up to compute capability", "more than the device's", "are Triton kernels",
 )  # fmt: skip
 """What no kernel can be asked about here."""
+STARTING = 60.0
+"""Seconds that a process may take to begin."""
 NOT_ITS_OWN = "not the kernel's"
 _ORDINARY = re.compile(r"%?\d[\d.,]*|'[^']*'|`[^`]*`|for .*$|window\(.*$")
 
@@ -144,12 +146,14 @@ def lines(skip: int, ledger: Ledger, on_gpu: bool) -> Iterator[dict[str, Any]]:
         said.put(None)
 
     threading.Thread(target=listen, daemon=True).start()
+    patience = max(STARTING, ledger.each)
     try:
         while True:
             try:
-                line = said.get(timeout=min(ledger.each, max(0.1, ledger.until - time.monotonic())))
+                line = said.get(timeout=min(patience, max(0.1, ledger.until - time.monotonic())))
             except Empty:
                 return
+            patience = ledger.each
             if line is None:
                 return
             if line.startswith("{"):

@@ -6,12 +6,13 @@ import attrs
 import pytest
 import torch
 
-from attnplan import Dim
+from attnplan import AttentionSpec, Dim
 from attnplan import patterns as P
 from attnplan.backends import flash
 from attnplan.ir.native import Lowered, lowered
 from attnplan.lower import lower
-from attnplan.search import _options
+from attnplan.plan import Plan
+from attnplan.search import _options, every_way
 from tests import fake_kernels
 from tests.kernel_plans import H100, SPECS, packages, plan_by, plans, spec_of
 from tests.running import Call, Numbers, assert_agree, way
@@ -202,3 +203,21 @@ def test_disjoint_parts_are_joined_by_our_own_kernel(monkeypatch):
     plan = plan_by(spec, "fa4", "decompose-pull")
     assert "pull_" in plan.source
     assert_agree(call.got(plan), call.expected(), 1e-6, way(plan))
+
+
+@pytest.mark.parametrize("schedule", ["cudnn", "efficient"])
+def test_the_lse_is_computed_for_a_backward_only(schedule):
+    spec = AttentionSpec(seq_len=64, heads=2, head_dim=64, dtype="bfloat16", causal=True)
+    found = next(f for c, f in every_way(spec, H100) if f is not None and c.name == f"dense > eager ({schedule})")
+    program = Plan(spec, H100, found, {}).program
+    assert "None, True, 0.0" in program.module.code
+    assert "None, False, 0.0" in program.quick.code
+
+
+def test_flash_attn_4_is_trained_without_its_own_function_which_keeps_the_host_busy():
+    call = Call.of(SPECS["causal"], batch=2)
+    plan = plan_by(call.spec, "fa4")
+    leaves = [x.detach().requires_grad_() for x in call.inputs]
+    plan(*leaves).sum().backward()
+    assert "fa4 function" not in fake_kernels.calls
+    assert "fa4 backward" in fake_kernels.calls

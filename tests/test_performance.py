@@ -317,11 +317,11 @@ def test_pictures_are_those_of_their_rows(tmp_path):
         return json.loads((performance.RESULTS / f"{name}.json").read_text())["rows"]
 
     assert (pictures / "longnet-lengths.svg").read_text() == longnet_lengths_plot.svg(rows("longnet-lengths-h100"))
-    blocks = blocks_plot.points(rows("gpu-backends-fa4-h100"))
+    blocks = blocks_plot.points(rows("kernels-fa4-h100"))
     curve = rows("budget-curve-h100")
     for picture, data in (("random-blocks.svg", blocks), ("time-budget.svg", curve)):
         assert f"data {blocks_plot.digest(data)}<" in (pictures / picture).read_text(), f"{picture} is out of date"
-    blocks_plot.draw(rows("gpu-backends-fa4-h100"), tmp_path / "blocks.svg")
+    blocks_plot.draw(rows("kernels-fa4-h100"), tmp_path / "blocks.svg")
     budget_curve.draw(curve, tmp_path / "curve.svg")
     assert blocks_plot.digest(blocks) in (tmp_path / "blocks.svg").read_text()
     assert blocks_plot.digest(curve) in (tmp_path / "curve.svg").read_text()

@@ -13,12 +13,7 @@ from torch import fx
 
 from attnplan.backends.base import Program, Schedule
 from attnplan.backends.eager import written as writes
-from attnplan.backends.eager.launches import (
-    gather_backward,
-    gather_forward,
-    launch_of,
-    pulls,
-)
+from attnplan.backends.eager.launches import gather_backward, gather_forward, launch_of, pulls
 from attnplan.backends.eager.learned import bias, emit_learned, has_sinks, knows_sinks, native_sinks, sunk
 from attnplan.backends.eager.places import Owner, Place, is_whole, keeps_rows, owners, place
 from attnplan.backends.eager.programs import DirectProgram, FusedProgram, PlainProgram
@@ -65,10 +60,13 @@ def _emitted(emitter: Emitter, schedule: Schedule) -> Program:
         return PlainProgram(module, _source(module), follow)
     kernel = schedule.runs
     forward, backward = emitter.forward(kernel), emitter.backward(kernel)
-    fused = FusedProgram(forward, backward, f"{_source(forward)}\n{_source(backward)}", follow)
-    fused = attrs.evolve(fused, learned=emit_learned(emitter))
+    source = f"{_source(forward)}\n{_source(backward)}"
+    fused = FusedProgram(forward, backward, source, follow, learned=emit_learned(emitter))
     direct = None if blocked or writes.writes_places(emitter, kernel) else emitter.direct(kernel)
-    return fused if direct is None else DirectProgram(direct, fused, _source(direct))
+    quick = direct and emitter.direct(kernel, learns=False)
+    if direct is None or quick is None:
+        return fused
+    return DirectProgram(direct, quick, fused, _source(direct), learns=kernel != "fa4")  # whose own is not replayed
 
 
 def _source(module: fx.GraphModule) -> str:
@@ -88,12 +86,12 @@ def _softcap(op: Attend) -> dict[str, Any]:
     return {} if op.softcap is None else {"softcap": op.softcap}
 
 
-_OPERATORS: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "flash-cuda": (torch.ops.aten._scaled_dot_product_flash_attention.default, ()),
-    "cudnn": (torch.ops.aten._scaled_dot_product_cudnn_attention.default, (None, True)),
-    "efficient": (torch.ops.aten._scaled_dot_product_efficient_attention.default, (None, True)),
+_OPERATORS: dict[str, tuple[Any, bool]] = {
+    "flash-cuda": (torch.ops.aten._scaled_dot_product_flash_attention.default, False),
+    "cudnn": (torch.ops.aten._scaled_dot_product_cudnn_attention.default, True),
+    "efficient": (torch.ops.aten._scaled_dot_product_efficient_attention.default, True),
 }
-"""Operators that are whole plans, and what stands between v and the dropout: no mask, and the LSE for the backward."""
+"""Operators that are whole plans, and whether they are told, behind a mask, if a backward needs the LSE."""
 
 
 class Emitter:
@@ -120,8 +118,8 @@ class Emitter:
         launch = self.launches.get(node_id)
         return node_id if launch is None else launch.first
 
-    def direct(self, kernel: str) -> fx.GraphModule | None:
-        """Return the bare kernel call for a graph that is one, or None."""
+    def direct(self, kernel: str, *, learns: bool = True) -> fx.GraphModule | None:
+        """Return the bare kernel call for a graph that is one, or None; without ``learns`` it has no backward."""
         op, node = self.result.op, self.result
         if self.follow or not isinstance(op, Attend) or not is_whole(self.graph, node):
             return None
@@ -145,7 +143,8 @@ class Emitter:
         elif window or (kernel == "efficient" and grouped):
             return None
         else:
-            operator, between = _OPERATORS[kernel]
+            operator, told = _OPERATORS[kernel]
+            between = (None, learns) if told else ()
             call = code.call_function(operator, (q, k, v, *between, 0.0, causal), {"scale": op.scale})
             code.output(code.call_function(getitem, (call, 0)))
         return fx.GraphModule({}, code, "Direct")

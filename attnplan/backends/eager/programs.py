@@ -112,8 +112,12 @@ class DirectProgram:
     """A plan that is one kernel call; torch differentiates it. The LSE takes the fused program."""
 
     module: fx.GraphModule
+    quick: fx.GraphModule
+    """The same without what a backward needs."""
     fused: FusedProgram
     source: str
+    learns: bool = True
+    """Whether the kernel's own backward is used: some cost the host less through the fused program."""
     follows_lengths: bool = False
     differentiable_lse: bool = True
 
@@ -121,10 +125,11 @@ class DirectProgram:
         self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Run on q, k, v in ``[B, H, S, D]``."""
-        if return_lse:
+        learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if return_lse or (learns and not self.learns):
             return self.fused(q, k, v, operands, return_lse)
         q, k, v = with_features_in_line(q), with_features_in_line(k), with_features_in_line(v)
-        return run(self.module, q, k, v), None
+        return run(self.module if learns else self.quick, q, k, v), None
 
     @property
     def inlined(self) -> Inlined:
