@@ -56,12 +56,17 @@ def forward(q, k, v, mask, scale, softcap=0.0, empty=-torch.inf):
 def backward(grad, q, k, v, out, lse, mask, scale, softcap=0.0):
     """Return the gradients from any output and LSE; rows whose LSE is +inf get none."""
     assert not (lse == -torch.inf).any(), "the backward wants +inf for rows without a key"
+    delta = (grad.double() * out.double()).sum(-1).transpose(1, 2)
+    return gradients(grad, q, k, v, lse.double(), delta, mask, scale, softcap)
+
+
+def gradients(grad, q, k, v, lse, delta, mask, scale, softcap=0.0):
+    """Return the gradients from the LSE, and from the sums ``[B, H, R]`` of each row's output times its gradient."""
     s, slope = scores_of(q, k, mask, scale, softcap)
     p = torch.exp(s - lse.double().unsqueeze(-1))
     group = q.shape[2] // k.shape[2]
     dp = torch.einsum("brhd,bchd->bhrc", grad.double(), v.double().repeat_interleave(group, 2))
-    delta = (grad.double() * out.double()).sum(-1).transpose(1, 2).unsqueeze(-1)
-    ds = p * (dp - delta) * slope * scale
+    ds = p * (dp - delta.double().unsqueeze(-1)) * slope * scale
     dq = torch.einsum("bhrc,bchd->brhd", ds, k.double().repeat_interleave(group, 2))
     dk = torch.einsum("bhrc,brhd->bchd", ds, q.double())
     dv = torch.einsum("bhrc,brhd->bchd", p, grad.double())

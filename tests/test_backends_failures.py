@@ -26,7 +26,7 @@ def test_a_kernel_that_raises_is_reported_with_backend_shapes_and_cause():
     plan.strict = True
     message = (
         r"flash-attn 4 \(fa4\) failed in its forward on q \[2, 4, 48, 16\], k \[2, 4, 48, 16\], v \[2, 4, 48, 16\] "
-        r"torch.bfloat16 cpu: AssertionError: head_dim is not supported by fa4 function"
+        r"torch.bfloat16 cpu: AssertionError: head_dim is not supported by fa4 forward"
     )
     with pytest.raises(KernelError, match=message) as caught:
         plan(*call.inputs)
@@ -90,7 +90,7 @@ def test_a_pinned_or_strict_plan_never_moves(changes):
     plan = plan_by(call.spec, "fa4")
     for name, value in changes.items():
         setattr(plan, name, value)
-    fake_kernels.broken.add("fa4 function")
+    fake_kernels.broken.add("fa4 forward")
     with pytest.raises(KernelError, match="flash-attn 4"):
         plan(*call.inputs)
 

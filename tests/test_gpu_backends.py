@@ -14,6 +14,8 @@ from attnplan import patterns as P
 from attnplan.backends import eager, flash, registry, xformers
 from attnplan.cost import resolve
 from attnplan.plan import Plan
+from attnplan.runtime import kernels_flash
+from attnplan.runtime.fused.replay import backward_replay_of, replay_of
 from attnplan.search import Found, _options
 from tests.cuda_specs import SHARED, assert_near, spec_of
 from tests.running import Call, Numbers, assert_agree, dense_sdpa, error, way
@@ -223,6 +225,30 @@ def test_selective_checkpointing_saves_the_attention(schedule, name):
         assert len(seen) == len({n.id if n.op.launch is None else f"launch {n.op.launch}" for n in attends})
         for a, b in zip(got, want, strict=True):
             assert error(a, b.double()) < 1e-2, way(plan)
+
+
+@pytest.mark.parametrize(
+    "name", ["causal", "window", "window, more keys", "whole tiles", "whole tiles, ragged", "longformer", "any mask"]
+)
+@pytest.mark.parametrize("schedule", ["flash (fa4)", "flash (fa4-masks)"])
+def test_kernels_that_are_started_again_work_on_the_tensors_of_each_call(schedule, name):
+    """The second call of a kind and all behind it go without the host code of flash-attn 4."""
+    made = plans(schedule, SPECS[name])
+    interface = kernels_flash.module(kernels_flash.Flash4.interface)
+    forward = replay_of(interface._flash_attn_fwd, kernels_flash.forward_options)._known
+    backward = backward_replay_of(interface, kernels_flash.backward_options)._known
+    forward.clear()
+    backward.clear()
+    each = [Call.of(SPECS[name], batch=2, seed=seed, device="cuda", through_lse=False) for seed in range(3)]
+    for call in each:
+        want = call.expected()
+        for plan in made:
+            assert_agree(call.got(plan), want, LSE_GRADIENT["bfloat16"], way(plan))
+            with torch.no_grad():
+                assert error(plan(*call.inputs), want.out) < 1e-2, way(plan)
+    assert forward
+    assert None not in forward.values(), "a call that is not as expected enters the interface each time"
+    assert SPECS[name].kv_heads != SPECS[name].heads or None not in backward.values()
 
 
 def deterministic_schedules():

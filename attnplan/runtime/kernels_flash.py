@@ -99,8 +99,8 @@ class _Flash(Opaque):
 
 def _may_lack_keys(q: Tensor, k: Tensor, asked: Request) -> bool:
     """Return whether a row may have no key: not where all keys, or as many as the diagonal leaves, are there."""
-    beyond = asked.causal and q.shape[2] > k.shape[2]
-    return beyond or asked.window != EVERYTHING or asked.documents is not None or asked.blocks is not None
+    beyond = (asked.causal or asked.window != EVERYTHING) and q.shape[2] > k.shape[2]  # a window has the diagonal
+    return beyond or asked.documents is not None or asked.blocks is not None
 
 
 class _Packed(NamedTuple):
@@ -198,35 +198,26 @@ class Flash4(_Flash):
 
     def run_direct(self, q: Tensor, k: Tensor, v: Tensor, asked: Request) -> Tensor:
         learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        if learns or not asked.is_plain:
+        if learns:
             return super().run_direct(q, k, v, asked)
         rows = [x.transpose(1, 2) for x in (q, k, v)]  # without gradients its compiled kernel is enough
         return self._forward(rows, None, asked)[0].transpose(1, 2)
-
-    def _options(self, asked: Request, lengths: _Packed | None, lists: Lists | None) -> dict[str, Any]:
-        left, right = asked.window
-        options: dict[str, Any] = {"window_size_left": left, "window_size_right": right}
-        if lists is not None:
-            assert asked.blocks is not None
-            options["block_sparse_tensors"] = block_tensors(asked.blocks, lists)
-        return options if lengths is None else options | lengths.named
 
     def _forward(self, rows: list[Tensor], lengths: _Packed | None, asked: Request) -> Pair:
         function = module(self.interface)._flash_attn_fwd
         pieces = pieces_of(rows[0], rows[1]) if asked.is_plain and not asked.causal else 1
         if pieces > 1:
             return split_attention(partial(_packed4, function, asked.scale), rows[0], rows[1], rows[2], pieces)
-        if asked.is_plain and hasattr(function, "compile_cache"):
-            into = asked.into[0].transpose(1, 2) if asked.into and asked.into[0] is not None else None
-            return replay_of(function)(rows[0], rows[1], rows[2], asked.scale, asked.causal, into)
-        options = self._options(asked, lengths, None if asked.blocks is None else asked.blocks.rows)
-        options |= {"softmax_scale": asked.scale, "causal": asked.causal, "softcap": asked.softcap or None}
-        if asked.blocks is not None and asked.blocks.masks is not None:
-            options |= _mask_function(asked.blocks, asked.blocks.masks)
+        into = asked.into[0].transpose(1, 2) if asked.into and asked.into[0] is not None else None
+        if lengths is None and asked.sinks is None and hasattr(function, "compile_cache"):
+            return replay_of(function, forward_options)(rows[0], rows[1], rows[2], asked, into)
+        options = forward_options(asked)
         if asked.sinks is not None:
             options["learnable_sink"] = asked.sinks.detach().to(torch.float32)
-        if lengths is None and asked.into and asked.into[0] is not None:
-            options["out"] = stepping(asked.into[0].transpose(1, 2))
+        if lengths is not None:
+            options |= lengths.named
+        elif into is not None:
+            options["out"] = stepping(into)
         out, lse, *_ = function(*rows, return_lse=True, **options)
         return out, lse
 
@@ -234,19 +225,47 @@ class Flash4(_Flash):
         grad, q, k, v, out = rows
         if asked.blocks is not None and asked.blocks.masks is not None:
             raise KernelError(NO_MASKED_BACKWARD)
-        plain = lengths is None and asked.blocks is None and asked.window == EVERYTHING and not asked.softcap
-        replay = backward_replay_of(module(self.interface)) if plain else None
+        interface = module(self.interface)
+        into = [None if x is None else x.transpose(1, 2) for x in asked.into or (None, None, None)]
+        replay = backward_replay_of(interface, backward_options) if lengths is None else None
         if replay is not None:
-            into = [None if x is None else x.transpose(1, 2) for x in asked.into or (None, None, None)]
-            return replay(q, k, v, out, grad, lse, asked.scale, asked.causal, into)
-        options = self._options(asked, lengths, None if asked.blocks is None else asked.blocks.columns)
+            return replay(q, k, v, out, grad, lse, asked, into)
+        options = backward_options(asked)
         if lengths is None:
-            given = zip(("dq", "dk", "dv"), asked.into or (), strict=False)
-            options |= {name: stepping(x.transpose(1, 2)) for name, x in given if x is not None}
-        dq, dk, dv = module(self.interface)._flash_attn_bwd(
-            q, k, v, out, grad, lse, asked.scale, asked.causal, asked.softcap, **options
-        )
+            options |= {n: stepping(x) for n, x in zip(("dq", "dk", "dv"), into, strict=True) if x is not None}
+        else:
+            options |= lengths.named
+        dq, dk, dv = interface._flash_attn_bwd(q, k, v, out, grad, lse, **options)
         return dq, dk, dv
+
+
+def forward_options(asked: Request) -> dict[str, Any]:
+    """Return how flash-attn 4's forward is asked, but for packed documents and sinks."""
+    options = _options4(asked, None if asked.blocks is None else asked.blocks.rows)
+    options["softcap"] = asked.softcap or None
+    if asked.blocks is not None and asked.blocks.masks is not None:
+        options |= _mask_function(asked.blocks, asked.blocks.masks)
+    return options
+
+
+def backward_options(asked: Request) -> dict[str, Any]:
+    """Return how flash-attn 4's backward is asked, but for packed documents."""
+    return _options4(asked, None if asked.blocks is None else asked.blocks.columns)
+
+
+def _options4(asked: Request, lists: Lists | None) -> dict[str, Any]:
+    left, right = asked.window
+    options = {
+        "softmax_scale": asked.scale,
+        "causal": asked.causal,
+        "softcap": asked.softcap,
+        "window_size_left": left,
+        "window_size_right": right,
+    }
+    if lists is None:
+        return options
+    assert asked.blocks is not None
+    return options | {"block_sparse_tensors": block_tensors(asked.blocks, lists)}
 
 
 def _packed4(

@@ -49,13 +49,16 @@ class SplitBuilder(torch.nn.Module):
         super().__init__()
         self.whole = BlockListBuilder(op, q, k, shape, heads)
         self.partial = _PartialTiles(op, q, k, shape, group)
+        self._cut: dict[torch.device, tuple[BlockLists, BlockLists]] = {}
 
     def forward(self, operands: Mapping[str, Any], q: Tensor, k: Tensor) -> SplitTiles:
-        """Return the tiles on the device of ``q``."""
+        """Return the tiles on the device of ``q``; its whole ones are the same tensors in each call."""
         found = self.whole(operands, q, k)
-        return SplitTiles(
-            attrs.evolve(found, rows=found.rows.whole, columns=found.columns.whole), self.partial(operands, q, k)
-        )
+        kept = self._cut.get(q.device)
+        if kept is None or kept[0] is not found:
+            kept = found, attrs.evolve(found, rows=found.rows.whole, columns=found.columns.whole)
+            self._cut[q.device] = kept
+        return SplitTiles(kept[1], self.partial(operands, q, k))
 
 
 class _PartialTiles(TileBuilder):

@@ -1,9 +1,10 @@
 """Calls of flash-attn 4 without its host code: the compiled kernel, started again with other tensors.
 
 Its interface works for hundreds of microseconds on the host to find the compiled kernel of a call, longer than many
-kernels run. What it finds depends on sizes, strides and options alone: the first call of a kind is recorded where the
-interface calls the kernel, and later ones start that with their own tensors. Where a call is not what this expects, the
-interface is called each time.
+kernels run. What it finds depends on sizes, strides, options and tables of tiles alone: the first call of a kind is
+recorded where the interface calls the kernel, and later ones start that with their own tensors. Tables do not change,
+so a kernel gets the views of them again that the interface made. Where a call is not what this expects, the interface
+is called each time.
 """
 
 from __future__ import annotations
@@ -11,23 +12,34 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache
-from threading import Lock
-from typing import Any, NamedTuple
+from threading import Lock, get_ident
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from attnplan.runtime.kernels import Request
+from attnplan.runtime.tables import BlockLists, Lists, TileMasks
+from attnplan.runtime.views import accumulator
+
 _KEPT = 256
+"""Kinds of calls whose kernels and tables are kept."""
+_DEEPEST = 4
+"""Levels of containers in an argument that are looked into for tensors."""
 _recording = Lock()
 
+T = TypeVar("T")
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
+Tables = tuple[Tensor, ...]
+Options = Callable[[Request], dict[str, Any]]
+"""What makes the arguments of the interface, beside its tensors, of a request."""
 
 
 class _Recorder:
-    """Stands for a table of compiled kernels, and writes down which are called with what."""
+    """Stands for a table of compiled kernels, and writes down which are called with what by the thread that made it."""
 
     def __init__(self, table: Any, calls: list[Call]) -> None:
-        self.table, self.calls = table, calls
+        self.table, self.calls, self.thread = table, calls, get_ident()
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self.table
@@ -39,71 +51,83 @@ class _Recorder:
         kernel = self.table[key]
 
         def call(*args: Any) -> Any:
-            self.calls.append((kernel, args))
+            if get_ident() == self.thread:
+                self.calls.append((kernel, args))
             return kernel(*args)
 
         return call
 
 
+class _Known(NamedTuple):
+    """What a forward starts again: the kernel, what follows its tensors, and the tables that must live as long."""
+
+    kernel: Callable[..., Any]
+    rest: tuple[Any, ...]
+    tables: Tables
+
+
 class Replay:
-    """Runs whole or causal attention by flash-attn 4 on ``[B, S, H, D]``.
+    """Runs attention by flash-attn 4 on ``[B, S, H, D]``: whole, causal, in a window, or over tables of tiles.
+
+    Packed documents and learnable sinks are not for it: their tensors come with each call.
 
     Parameters
     ----------
     function
         The interface's forward, which keeps its compiled kernels in ``function.compile_cache``.
+    options
+        What makes its arguments of a request. They are made where the interface is called, not for a kernel that is
+        started again.
     """
 
-    def __init__(self, function: Any) -> None:
-        self._function = function
-        self._known: OrderedDict[Hashable, Call | None] = OrderedDict()
+    def __init__(self, function: Any, options: Options) -> None:
+        self._function, self._options = function, options
+        self._known: OrderedDict[Hashable, _Known | None] = OrderedDict()
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, into: Tensor | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, asked: Request, into: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return output ``[B, S, H, Dv]``, which is ``into`` if that is given, and LSE ``[B, H, S]``."""
         batch, length, heads, _ = q.shape
         out = q.new_empty((batch, length, heads, v.shape[3])) if into is None else stepping(into)
-        lse = q.new_empty((batch, heads, length), dtype=torch.float32)
+        lse = q.new_empty((batch, heads, length), dtype=accumulator(q.dtype))
         tensors = [*_detached(q, k, v), out, lse]
         strides = tuple([x.stride() for x in tensors])
         current = torch.cuda.current_device() if q.is_cuda else None
-        key = (q.shape, k.shape, v.shape, strides, q.dtype, q.device, current, scale, causal)
+        blocks = asked.blocks
+        tables = None if blocks is None else (blocks.tile, *map(id, _tables(blocks, blocks.rows)))
+        kind = asked.scale, asked.causal, asked.window, asked.softcap, tables
+        key = (q.shape, k.shape, v.shape, strides, q.dtype, q.device, current, kind)
         known = self._known.get(key)
         if known is not None:
-            kernel, rest = known
-            kernel(*tensors, *rest)
+            known.kernel(*tensors, *known.rest)
         elif key in self._known:
-            self._run(tensors, scale, causal)
+            self._run(tensors, asked)
         else:
-            self._keep(key, self._record(tensors, scale, causal))
+            _keep(self._known, key, self._record(tensors, asked))
         return out, lse
 
-    def _run(self, tensors: list[Tensor], scale: float, causal: bool) -> None:
+    def _run(self, tensors: list[Tensor], asked: Request) -> None:
         q, k, v, out, lse = tensors
-        self._function(q, k, v, softmax_scale=scale, causal=causal, out=out, lse=lse, return_lse=True)
+        self._function(q, k, v, out=out, lse=lse, return_lse=True, **self._options(asked))
 
-    def _record(self, tensors: list[Tensor], scale: float, causal: bool) -> Call | None:
+    def _record(self, tensors: list[Tensor], asked: Request) -> _Known | None:
         calls: list[Call] = []
         with _recording:
             table = self._function.compile_cache
             self._function.compile_cache = _Recorder(table, calls)
             try:
-                self._run(tensors, scale, causal)
+                self._run(tensors, asked)
             finally:
                 self._function.compile_cache = table
-        return _as_expected(calls, tensors)
-
-    def _keep(self, key: Hashable, call: Call | None) -> None:
-        if len(self._known) >= _KEPT:
-            self._known.popitem(last=False)
-        self._known[key] = call
+        tables = () if asked.blocks is None else _tables(asked.blocks, asked.blocks.rows)
+        return _as_forward(calls, tensors, tables)
 
 
 @lru_cache(maxsize=4)
-def replay_of(function: Any) -> Replay:
+def replay_of(function: Any, options: Options) -> Replay:
     """Return the replay of an interface's function, the same for the same one."""
-    return Replay(function)
+    return Replay(function, options)
 
 
 class BackwardReplay:
@@ -113,10 +137,12 @@ class BackwardReplay:
     ----------
     interface
         The module of the interface, whose steps keep their compiled kernels in ``compile_cache``.
+    options
+        What makes the arguments of its backward of a request, whose tables are those by columns.
     """
 
-    def __init__(self, interface: Any) -> None:
-        self._function = interface._flash_attn_bwd
+    def __init__(self, interface: Any, options: Options) -> None:
+        self._function, self._options = interface._flash_attn_bwd, options
         self._steps = (interface._bwd_preprocess, self._function, interface._bwd_postprocess_convert)
         self._known: OrderedDict[Hashable, _Backward | None] = OrderedDict()
 
@@ -128,8 +154,7 @@ class BackwardReplay:
         out: Tensor,
         grad: Tensor,
         lse: Tensor,
-        scale: float,
-        causal: bool,
+        asked: Request,
         into: Sequence[Tensor | None] = (None, None, None),
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq, dk and dv ``[B, S, H, D]``: those of ``into``, or laid out as q, k and v are where dense."""
@@ -137,44 +162,48 @@ class BackwardReplay:
         made = [torch.empty_like(x) if y is None else stepping(y) for x, y in zip(given, into, strict=False)]
         strides = tuple([x.stride() for x in (*given, *made)])
         current = torch.cuda.current_device() if q.is_cuda else None
-        key = (q.shape, k.shape, v.shape, strides, q.dtype, q.device, current, scale, causal)
+        blocks = asked.blocks
+        tables = None if blocks is None else (blocks.tile, *map(id, _tables(blocks, blocks.columns)))
+        kind = asked.scale, asked.causal, asked.window, asked.softcap, tables
+        key = (q.shape, k.shape, v.shape, strides, q.dtype, q.device, current, kind)
         known = self._known.get(key)
         if known is not None:
             known(given, made)
         elif key in self._known:
-            self._run(given, made, scale, causal)
+            self._run(given, made, asked)
         else:
-            if len(self._known) >= _KEPT:
-                self._known.popitem(last=False)
-            self._known[key] = self._record(given, made, scale, causal)
+            _keep(self._known, key, self._record(given, made, asked))
         return made[0], made[1], made[2]
 
-    def _run(self, given: list[Tensor], made: list[Tensor], scale: float, causal: bool) -> None:
-        self._function(*given, softmax_scale=scale, causal=causal, dq=made[0], dk=made[1], dv=made[2])
+    def _run(self, given: list[Tensor], made: list[Tensor], asked: Request) -> None:
+        self._function(*given, dq=made[0], dk=made[1], dv=made[2], **self._options(asked))
 
-    def _record(self, given: list[Tensor], made: list[Tensor], scale: float, causal: bool) -> _Backward | None:
+    def _record(self, given: list[Tensor], made: list[Tensor], asked: Request) -> _Backward | None:
         calls: list[Call] = []
         with _recording:
             tables = [step.compile_cache for step in self._steps]
             for step, table in zip(self._steps, tables, strict=True):
                 step.compile_cache = _Recorder(table, calls)
             try:
-                self._run(given, made, scale, causal)
+                self._run(given, made, asked)
             finally:
                 for step, table in zip(self._steps, tables, strict=True):
                     step.compile_cache = table
-        return _as_backward(calls, given, made)
+        held = () if asked.blocks is None else _tables(asked.blocks, asked.blocks.columns)
+        return _as_backward(calls, given, made, held)
 
 
 class _Backward(NamedTuple):
-    """The three kernels of one backward, what follows the tensors of each, and the sizes of the buffers."""
+    """The three kernels of one backward, what follows the tensors of each, the buffers' sizes, and the tables."""
 
     kernels: tuple[Callable[..., Any], ...]
     rest: tuple[tuple[Any, ...], ...]
     sizes: tuple[tuple[int, ...], ...]
+    tables: Tables
 
     def __call__(self, given: list[Tensor], made: list[Tensor]) -> None:
-        buffers = [made[0].new_empty(size, dtype=torch.float32) for size in self.sizes]
+        number = accumulator(made[0].dtype)
+        buffers = [made[0].new_empty(size, dtype=number) for size in self.sizes]
         for kernel, tensors, rest in zip(self.kernels, _in_order(given, made, buffers), self.rest, strict=True):
             kernel(*tensors, *rest)
 
@@ -191,30 +220,48 @@ def _in_order(given: list[Tensor], made: list[Tensor], buffers: list[Tensor]) ->
     ]
 
 
-def _as_backward(calls: list[Call], given: list[Tensor], made: list[Tensor]) -> _Backward | None:
-    """Return the three calls, if they were on these tensors and three buffers between them, and on no others."""
+def _as_backward(calls: list[Call], given: list[Tensor], made: list[Tensor], tables: Tables) -> _Backward | None:
+    """Return the three calls, if they were on these tensors, three buffers between them, and tables: on no others."""
     if len(calls) != 3:
         return None
     args = [a for _, a in calls]
     buffers = [args[0][i] for i in (2, 4, 5) if len(args[0]) > i]
-    if len(buffers) != 3 or not all(
-        isinstance(x, Tensor) and x.dtype == torch.float32 and x.is_contiguous() for x in buffers
-    ):
+    number = accumulator(made[0].dtype)
+    if len(buffers) != 3 or not all(isinstance(x, Tensor) and x.dtype == number and x.is_contiguous() for x in buffers):
         return None
     expected = _in_order(given, made, buffers)
     rest = tuple(a[len(e) :] for a, e in zip(args, expected, strict=True))
-    if not all(_are_same(a, e) for a, e in zip(args, expected, strict=True)) or _holds_tensor(rest):
+    if not all(_are_same(a, e) for a, e in zip(args, expected, strict=True)) or not _belongs(rest, tables):
         return None
-    return _Backward(tuple(k for k, _ in calls), rest, tuple(tuple(x.shape) for x in buffers))
+    return _Backward(tuple(k for k, _ in calls), rest, tuple(tuple(x.shape) for x in buffers), tables)
 
 
 @lru_cache(maxsize=4)
-def backward_replay_of(interface: Any) -> BackwardReplay | None:
+def backward_replay_of(interface: Any, options: Options) -> BackwardReplay | None:
     """Return the replay of an interface's backward, the same for the same one; None for one without these steps."""
     steps = [
         getattr(interface, name, None) for name in ("_bwd_preprocess", "_flash_attn_bwd", "_bwd_postprocess_convert")
     ]
-    return BackwardReplay(interface) if all(hasattr(step, "compile_cache") for step in steps) else None
+    return BackwardReplay(interface, options) if all(hasattr(step, "compile_cache") for step in steps) else None
+
+
+def _keep(known: OrderedDict[Hashable, T], key: Hashable, call: T) -> None:
+    """Keep what a kind of call starts again; the oldest goes, and with it what it alone holds of tables."""
+    if len(known) >= _KEPT:
+        known.popitem(last=False)
+    known[key] = call
+
+
+def _tables(blocks: BlockLists, lists: Lists) -> Tables:
+    """Return the tensors of one direction of the tables, and of the masks of partial tiles.
+
+    While a recorded call holds them no other tensors get their identities, by which it is found.
+    """
+    masks = blocks.masks
+    if masks is None:
+        return lists.partial_count, lists.partial_index, lists.full_count, lists.full_index
+    more = (masks.places, masks.masks) if isinstance(masks, TileMasks) else (masks.bounds,)
+    return lists.partial_count, lists.partial_index, lists.full_count, lists.full_index, *more
 
 
 def _detached(*tensors: Tensor) -> list[Tensor]:
@@ -240,16 +287,34 @@ def _are_same(args: tuple[Any, ...], tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def _as_expected(calls: list[Call], tensors: list[Tensor]) -> Call | None:
-    """Return the kernel and what follows its tensors, if it was one call on these tensors and no others."""
+def _as_forward(calls: list[Call], tensors: list[Tensor], tables: Tables) -> _Known | None:
+    """Return the kernel and what follows its tensors, if it was one call on these tensors and tables: on no others."""
     if len(calls) != 1:
         return None
     kernel, args = calls[0]
     rest = args[len(tensors) :]
-    return (kernel, rest) if _are_same(args, tensors) and not _holds_tensor(rest) else None
+    return _Known(kernel, rest, tables) if _are_same(args, tensors) and _belongs(rest, tables) else None
 
 
-def _holds_tensor(x: Any) -> bool:
+def _belongs(rest: Any, tables: Tables) -> bool:
+    """Return whether every tensor in what follows the tensors of a call is a view of one of the tables.
+
+    A kernel that is started again gets these views again, so another tensor, which may be that of one call, will not
+    do, nor an object into which this cannot look.
+    """
+    places = frozenset(x.untyped_storage().data_ptr() for x in tables)
+    return _is_known(rest, places, _DEEPEST)
+
+
+def _is_known(x: Any, places: frozenset[int], deep: int) -> bool:
+    if x is None or isinstance(x, bool | int | float | str):
+        return True
+    if isinstance(x, Tensor):
+        return x.untyped_storage().data_ptr() in places
     if isinstance(x, tuple | list):
-        return any(_holds_tensor(y) for y in x)
-    return isinstance(x, Tensor)
+        inside: Sequence[Any] = x
+    elif callable(x) or any(t.__dict__.get("__slots__") for t in type(x).__mro__) or not hasattr(x, "__dict__"):
+        return False
+    else:
+        inside = list(vars(x).values())
+    return deep > 0 and all(_is_known(y, places, deep - 1) for y in inside)
