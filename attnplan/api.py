@@ -187,8 +187,8 @@ def planned(
 ) -> Plan:
     """Return the plan on one device, from the cache if there is one."""
     name = target.torch_device or target.device.name
-    calls = calls if target.device.kind == "cuda" else CALLS  # nothing that compiles is chosen elsewhere
-    options = (deterministic, strict, tune, calls, calibrated_at(target), fingerprint())
+    spread = calls if target.device.kind == "cuda" else CALLS  # nothing that compiles is chosen elsewhere
+    options = (deterministic, strict, tune, spread, calibrated_at(target), fingerprint())
     key = _Key(spec, name, pins["backend"], pins["strategy"], pins["max_memory"], *options)
     plan = _plans.get(key)
     if plan is None:

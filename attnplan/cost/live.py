@@ -34,7 +34,8 @@ class Live:
         self.gradient_bytes = sum(value_bytes(n, setting) for n in graph.inputs.values())
         self.wide = self.gradient_bytes // self.item * self.acc if self.acc != self.item else 0
         """Copies of q, k and v in the accumulating dtype, which plain torch computes in."""
-        self.masks = sum(self._mask(n)[0] for n, op in graph.of(Attend))
+        self.conditions = {n.id: self._condition(n) for n, _ in graph.of(Attend)}
+        self.masks = sum(kept for kept, _ in self.conditions.values())
         self.result = graph[graph.output.args[0]]
         self.launches = {n.id: nodes for nodes in launches(graph).values() for n in nodes}
         self.made_first, self.outputs = whole_of(setting, kind, 0)
@@ -49,25 +50,24 @@ class Live:
     def inference(self) -> Memory:
         """Return the peak of a forward that keeps nothing for a backward."""
         last_use = {arg: node.id for node in self.graph for arg in node.args}
-        live: dict[int, int] = {}
+        sizes: dict[int, int] = {}
         peak = Memory()
         last = max(node.id for node, _ in self.graph.of(Attend))
-        whole = self.output_bytes if self.made_first else 0
+        whole = live = self.output_bytes if self.made_first else 0
         for node in self.graph:
             wide = self.wide if self.plain and node.id <= last else 0  # until no attend of plain torch needs them
-            during = Memory(workspace=self._round(whole + sum(live.values())), gathered=wide)
             if isinstance(node.op, Attend):
                 own, now = self._attend(node)
-                peak = larger(peak, during + now + Memory(workspace=self.masks))
-                live[node.id] = own
+                there = self.masks + self._round(live)
+                peak = larger(peak, Memory(there + now.workspace, wide + now.gathered, now.saved))
             elif isinstance(node.op, Merge | Mix):
                 own, extra = self._join(node)
-                peak = larger(peak, during + Memory(workspace=self.masks + own + extra))
-                live[node.id] = own
+                peak = larger(peak, Memory(self.masks + self._round(live) + own + extra, wide))
             else:
                 continue
-            live = {n: size for n, size in live.items() if last_use.get(n, len(self.graph)) > node.id or n == node.id}
-        finish = self._round(whole + sum(live.values())) + (self.output_bytes if self._casts() else 0)
+            sizes[node.id] = own
+            live += own - sum(sizes.pop(arg, 0) for arg in set(node.args) if last_use[arg] == node.id)
+        finish = self._round(live) + (self.output_bytes if self._casts() else 0)
         output = self.graph.output
         if isinstance(output.op, Output) and output.op.sinks:
             finish += self.rows * self.setting.batch * (output.type.features + 4) * self.acc
@@ -84,12 +84,14 @@ class Live:
         group = self.launches.get(node.id, [node])
         if group[0].id != node.id:
             return 0, Memory()
-        there = node.type.rows.elements_count * node.type.features * self.setting.batch * self.item
-        own = self._round(sum(value_bytes(n, self.setting) for n in group) - there * (node.id in self.outputs))
+        own = sum(value_bytes(n, self.setting) for n in group)
+        if node.id in self.outputs:
+            own -= node.type.rows.elements_count * node.type.features * self.setting.batch * self.item
+        own = self._round(own)
         if self.plain:
             own = own // self.item * self.acc
         gathered = self._gathered(group)
-        _, extra = self._mask(node)
+        _, extra = self._mask(node) if op.biases else self.conditions[node.id]
         if op.dropout:  # coordinates are hashed in 8 bytes, three at a time; then kept weights are beside all others
             q, k = (self.graph[a].type.rows for a in node.args[:2])
             pairs = q.elements_count * k.length * self.setting.batch
@@ -99,14 +101,17 @@ class Live:
         if op.tile is not None and not self._skips_tiles(op):
             tiles, copies = batch_memory(self.graph, node, op, self.setting, self.kind, backward=False)
             return own, Memory(workspace=own + tiles, gathered=copies)
-        during = Memory(workspace=own + extra + self._workspace(node, len(group) > 1), gathered=gathered)
-        return own, larger(during, Memory(workspace=self._building(node), gathered=gathered))
+        during = own + extra + self._workspace(node, len(group) > 1)
+        building = self._building(node) if self.conditions[node.id][1] else 0
+        return own, Memory(max(during, building), gathered)
 
     def _skips_tiles(self, op: Attend) -> bool:
         return "blocks" in self.setting.kernel.native or (self.setting.kernel.skips and self.kind == "cuda")
 
     def _copies(self, node: Node) -> int:
         """Return the bytes of q, k and v that are copied for an attend."""
+        if not self.plain and not self.setting.copied:
+            return 0
         takes = [self.graph[a] for a in node.args]
         if self.plain:
             whole = not any(isinstance(t.op, Take) for t in takes)
@@ -122,7 +127,7 @@ class Live:
 
     def _mask(self, node: Node) -> tuple[int, int]:
         """Return the bytes of a mask that stays with the plan, and of what each call makes of it and of biases."""
-        kept, made = self._condition(node)
+        kept, made = self.conditions[node.id]
         op, (q, k) = node.op, (self.graph[a].type.rows for a in node.args[:2])
         assert isinstance(op, Attend)
         if not op.biases:
@@ -168,7 +173,7 @@ class Live:
         """Return the bytes of a mask's complement and of what is added to scores, before the kernel runs, on CUDA."""
         op = node.op
         assert isinstance(op, Attend)
-        kept, made = self._condition(node)
+        kept, made = self.conditions[node.id]
         apart = self.kind == "cuda" and not (self.plain or op.biases or op.loop)
         return made + max(kept, made // (1 + self.item)) if apart and made else 0
 

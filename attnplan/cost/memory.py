@@ -15,6 +15,7 @@ from attnplan.cost.allocated import SMALL, Memory, larger, with_small
 from attnplan.cost.fused_lattices import lattice_memory
 from attnplan.cost.gradients import Program
 from attnplan.cost.joins import pull_of
+from attnplan.cost.live import Live
 from attnplan.cost.placed import is_alone, is_placed, sums_bytes
 from attnplan.cost.setting import Setting, value_bytes
 from attnplan.ir import Graph, Input, Output
@@ -44,8 +45,8 @@ def peak_memory(graph: Graph, setting: Setting, kind: str = "cpu") -> Memory:
     if setting.kernel.fuses and kind == "cuda":
         found = lattice_memory(graph, setting)
     elif output.loop is None and not output.recompute:
-        model = Program(graph, setting, kind)
-        found = model.training() if setting.spec.training else model.inference()
+        training = setting.spec.training
+        found = Program(graph, setting, kind).training() if training else Live(graph, setting, kind).inference()
     else:
         found = _looped(graph, setting, kind, output)
     return with_small(found, kind)

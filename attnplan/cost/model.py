@@ -112,7 +112,7 @@ def price(
     table = defaults(device.kind) if parameters is None else parameters
     alike = _alike(kernel, plain=_is_plain(graph))
     found_loads = demands(graph, spec, alike)
-    memory = room(graph, spec, attrs.evolve(alike, key=like(kernel.key)), device.kind)
+    memory = room(graph, spec, attrs.evolve(alike, key=like(kernel.key, training=spec.training)), device.kind)
     ops, seconds, host = timed(found_loads, spec, kernel, device, table)
     found = Prediction(seconds, memory.total, ops, host, table.basis, table.note, memory)
     if is_piecewise(graph):
@@ -179,9 +179,10 @@ def timed(
 ) -> tuple[tuple[OpCost, ...], float, float]:
     """Return the cost of each op, the seconds of a call, and those of the host."""
     clock = _Clock(spec, kernel, device, table)
-    ops = tuple(clock.op(load) for load in found)
-    host = clock.kernel.call + sum(op.host for op in ops) + (clock.kernel.backward_call if spec.training else 0.0)
-    on_device = sum(op.seconds for op in ops)
+    ops = tuple(_free(x.node) if x.forward is FREE and x.backward is FREE else clock.op(x) for x in found)
+    busy = [op for op in ops if op.cost is not FREE]
+    host = clock.kernel.call + sum(op.host for op in busy) + (clock.kernel.backward_call if spec.training else 0.0)
+    on_device = sum(op.seconds for op in busy)
     if device.kind == "cpu":  # the host is the device
         return ops, on_device + host - sum(op.host for op in ops), host
     return ops, max(on_device, host) + table.exposed * min(on_device, host), host
@@ -201,8 +202,6 @@ class _Clock:
         """Matrix products of a backward for each of the forward."""
 
     def op(self, load: Load) -> OpCost:
-        if load.forward is FREE and load.backward is FREE:
-            return _free(load.node)
         cost, host = load.forward, self._host(load, load.forward, self.kernel.host)
         compute, memory, start = self._device(load, cost, self.kernel.forward, self.kernel.causal, 1.0)
         seconds = max(compute, memory) + start

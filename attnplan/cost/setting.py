@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import attrs
 
 from attnplan.ir import Attend, Graph, Node, RowMap, Take
@@ -59,7 +61,7 @@ class Setting:
     @classmethod
     def of(cls, graph: Graph, spec: AttentionSpec, kernel: KernelModel) -> Setting:
         """Return the setting in which ``graph`` is priced."""
-        return cls(spec, kernel, graph, copied_takes(graph, spec), _together(graph), _gathered(graph))
+        return cls(spec, kernel, graph, *_shared(graph, spec))
 
     @property
     def batch(self) -> int:
@@ -81,6 +83,12 @@ def value_bytes(node: Node, setting: Setting) -> int:
     """Return the bytes of a node's result, its LSE included."""
     rows = node.type.rows.elements_count * setting.batch
     return rows * node.type.features * setting.item + (rows * setting.accumulator if node.type.lse else 0)
+
+
+@lru_cache(maxsize=256)
+def _shared(graph: Graph, spec: AttentionSpec) -> tuple[frozenset[int], frozenset[int], frozenset[int]]:
+    """Return what is the same for all kernels: the takes that are copies, what starts no kernel, what is gathered."""
+    return copied_takes(graph, spec), _together(graph), _gathered(graph)
 
 
 def copied_takes(graph: Graph, spec: AttentionSpec) -> frozenset[int]:

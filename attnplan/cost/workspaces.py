@@ -46,6 +46,10 @@ class Needs:
     marks_empty: bool = False
     """Whether every LSE is read through for rows without a key, whatever was asked for."""
 
+    def of(self, *, training: bool) -> Needs:
+        """Return what of this matters: without a backward not what only that allocates."""
+        return self if training else attrs.evolve(self, in_order=True, sums=True, features=(128, 32), sums_keys=False)
+
 
 NEEDS: Mapping[str, Needs] = {
     "cudnn": Needs(in_order=False, splits=""),
@@ -68,15 +72,23 @@ ANY = Needs(rows_first=True, features=(64, 64), splits="some", marks_empty=True)
 
 
 @lru_cache(maxsize=64)
-def like(key: str) -> str:
+def like(key: str, *, training: bool = True) -> str:
     """Return the first kernel that allocates as another does, by their keys; nothing if nobody wrote it down.
 
     Examples
     --------
     >>> like("fa2"), like("cudnn"), like("mine")
     ('fa2', 'cudnn', '')
+
+    Without a backward more of them are alike:
+
+    >>> like("fa2", training=False), like("fa3", training=False)
+    ('flash-cuda', 'cudnn')
     """
-    return next((other for other, found in NEEDS.items() if found == NEEDS.get(key)), "")
+    if key not in NEEDS:
+        return ""
+    wanted = NEEDS[key].of(training=training)
+    return next(other for other, found in NEEDS.items() if found.of(training=training) == wanted)
 
 
 def needs(setting: Setting) -> Needs:
