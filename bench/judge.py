@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -267,6 +268,13 @@ def mape(judged: Sequence[Judged], device: Device, table: Parameters, *, sparse:
     return statistics.mean(found) if found else None
 
 
+def mape_of_device(judged: Sequence[Judged], device: Device, table: Parameters) -> float | None:
+    """Return the error of what the device alone takes, where the host's time is known apart."""
+    samples = [w.sample for one in judged for w in one.ways if w.sample is not None and w.sample.alone]
+    found = [abs(s.predicted(device, table)[1] / (s.alone or 1.0) - 1) for s in samples]
+    return statistics.mean(found) if found else None
+
+
 def judge(judged: Sequence[Judged], device: Device, seed: int) -> Row:
     """Fit to one half, judge on the other."""
     train, held_out = halves(judged, seed)
@@ -290,6 +298,7 @@ def judge(judged: Sequence[Judged], device: Device, seed: int) -> Row:
         "top-1 within noise": sum(top) / max(1, len(top)),
         "MAPE dense": mape(held_out, device, table, sparse=False),
         "MAPE sparse": mape(held_out, device, table, sparse=True),
+        "MAPE device": mape_of_device(held_out, device, table),
         "MAPE data sheet": statistics.mean(abs(e) for _, _, e in errors(held_out, device, sheet)),
         "regret": {name: summary(found) for name, found in policies.items()},
         "totals": {name: _totals(held_out, choose, always(names)) for name, names in POLICIES.items()},
@@ -381,14 +390,27 @@ KIN: Mapping[str, tuple[str, ...]] = {"h100": ("h200",)}
 """Devices that get the shares of another's data sheet, unless they have rows of their own."""
 
 
-def ship(paths: Sequence[Path], leave: Sequence[str] = ()) -> None:
+def _of_device_only(judged: Judged, way: Timed, changed: str) -> Iterator[Sample]:
+    """Yield the sample of a candidate; without what the host took where its path has changed."""
+    if way.sample is None:
+        return
+    mode = "training" if judged.case.spec.training else "forward"
+    if not changed or re.search(changed, f"{way.name}, {judged.case.family}, {mode}") is None:
+        yield way.sample
+    elif way.sample.alone is not None:
+        yield attrs.evolve(way.sample, seconds=None, host=None)
+
+
+def ship(paths: Sequence[Path], leave: Sequence[str] = (), changed: str = "") -> None:
     """Fit the cost model to all rows, and write the calibration that comes with the package.
 
     Numbers that begin so, or whose last part is so, as ``leave`` says keep their published value: what the rows say of
-    them is out of date.
+    them is out of date. Of rows that ``changed`` matches, a pattern for ``"candidate, family, mode"``, only the time of
+    the device counts: the host has another way to start the same kernels now.
     """
     device, judged, stale = read(paths)
-    samples = [sample for j in judged for sample in j.samples]
+    samples = [s for j in judged for w in j.ways for s in _of_device_only(j, w, changed)]
+    samples += [sample for j in judged for sample in j.stand_ins]
     table, numbers = fitted(samples, device, defaults(device.kind))
     versions: dict[str, str] = {}
     for path in paths:

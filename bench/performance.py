@@ -160,11 +160,12 @@ def judgement(device: str) -> Iterator[str]:
     yield "`python -m bench.regret --judge`, for three splits. Regret is the time of the choice over that of the best"
     yield "candidate that the planner may choose by itself, minus 1; that of a policy is against everything measured."
     yield ""
-    yield "| split | top-1 within noise | error dense | error sparse | error of the data sheet |"
-    yield "|---|---|---|---|---|"
+    yield "| split | top-1 within noise | error dense | error sparse | error of the device's part | of the data sheet |"
+    yield "|---|---|---|---|---|---|"
     for one in judged["seeds"]:
-        cells = (one["top-1 within noise"], one["MAPE dense"], one["MAPE sparse"], one["MAPE data sheet"])
-        yield f"| {one['seed']} | {' | '.join(map(percent, cells))} |"
+        names = ("top-1 within noise", "MAPE dense", "MAPE sparse", "MAPE device", "MAPE data sheet")
+        cells = ("-" if one.get(name) is None else percent(one[name]) for name in names)
+        yield f"| {one['seed']} | {' | '.join(cells)} |"
     yield ""
     yield "| regret on held-out specs | specs | mean | 95th percentile | worst |"
     yield "|---|---|---|---|---|"

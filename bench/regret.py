@@ -61,6 +61,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, help=f"processes; by default {WORKERS} on a GPU, and this one on a CPU")
     parser.add_argument("--seed", type=int, action="append", help="for --judge; give it several times")
     parser.add_argument("--leave", default="", help="for --ship: numbers that keep their published value, by commas")
+    parser.add_argument(
+        "--changed", default="", metavar="REGEX", help="for --ship: rows, as 'candidate, family, mode', of which only "
+        "the device's time counts, as the host's path has changed",
+    )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="keep what --json says about graphs that are the same")
     return parser.parse_args()
 
@@ -74,7 +78,7 @@ def main() -> None:
     elif given.ship:
         from bench.judge import ship
 
-        ship(given.ship, [name for name in given.leave.split(",") if name])
+        ship(given.ship, [name for name in given.leave.split(",") if name], given.changed)
     elif given.worker:
         worker(given)
     else:
