@@ -116,7 +116,7 @@ def test_calls_of_a_shape_wait_only_where_they_gain_much(bare):
 
 def test_attention_and_modules_spread_less_than_plans_do():
     q = torch.randn(1, 2, 16, 8)
-    spec = AttentionSpec(seq_len=16, heads=2, head_dim=8, dtype="float32")
+    spec = AttentionSpec(seq_len=24, heads=2, head_dim=8, dtype="float32")  # on a CPU equal specs share a plan
     assert attnplan.api.plan_for(q, q, q, {})._searched["calls"] == CALLS_OF_A_SHAPE < CALLS
     assert attnplan.compile(spec)._searched["calls"] == CALLS
     module = DilatedAttention([8], [2])

@@ -15,7 +15,7 @@ from attnplan import patterns as P
 from attnplan.cost import batches, memory, resolve
 from attnplan.cost.allocated import Memory
 from attnplan.cost.buffers import mask_elements
-from attnplan.cost.gradients import Program
+from attnplan.cost.live import Live
 from attnplan.cost.setting import Setting
 from attnplan.ir import Attend, RowMap
 from attnplan.lower import lower
@@ -264,11 +264,11 @@ def test_masks_are_counted_by_the_axes_that_they_have():
         assert mask_elements(op, rows, rows, 1, attrs.evolve(spec, pattern=pattern)) == elements
 
 
-@pytest.mark.parametrize("what", ["_join", "_workspace", "_mask"])
+@pytest.mark.parametrize("what", ["_join", "_workspace", "_condition"])
 def test_a_model_that_forgets_a_buffer_is_caught(what):
-    empty = {"_join": (0, 0), "_workspace": 0, "_mask": (0, 0)}[what]
+    empty = {"_join": (0, 0), "_workspace": 0, "_condition": (0, 0)}[what]
     dtype = "bfloat16" if what == "_join" else "float32"
     spec = AttentionSpec(seq_len=512, dtype=dtype, pattern=P.longnet([128, 512], [1, 4]), **SHAPE)
-    with mock.patch.object(Program, what, return_value=empty):
+    with mock.patch.object(Live, what, return_value=empty):
         plans = list(every_plan(spec))
     assert any(p.predicted.peak_bytes < measured(call_of(p, "cpu"), "cpu").allocated for p in plans)
