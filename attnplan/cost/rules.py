@@ -345,7 +345,7 @@ def forward_cost(
     if rule is None:
         raise PassError(f"op {node.op.name!r} has no cost rule; add one to attnplan/cost/rules.py")
     cost = rule(node, setting)
-    return attrs.evolve(cost, launches=0) if node.id in setting.together else cost
+    return attrs.evolve(cost, launches=0) if cost.launches and node.id in setting.together else cost
 
 
 def backward_cost(node: Node, setting: Setting) -> Cost:

@@ -110,7 +110,9 @@ def forward_workspace(node: Node, setting: Setting, kind: str, blocks: int | Non
     if of.marks_empty or _may_lack_keys(node, setting):
         found += 5 * rows + 4 * rows * _has_documents(node, setting)  # a condition and a copy; documents lie end to end
     wide = rows * features * 4 if of.wide and features > 128 else 0
-    return found + max(wide, _split_rows(node, setting, of, blocks), _back(node, setting, of))
+    split = _split_rows(node, setting, of, blocks) if of.splits else 0
+    back = _back(node, setting, of) if of.shows_keys or of.blanks else 0
+    return found + max(wide, split, back)
 
 
 def _split_rows(node: Node, setting: Setting, of: Needs, blocks: int) -> int:
@@ -122,6 +124,8 @@ def _split_rows(node: Node, setting: Setting, of: Needs, blocks: int) -> int:
         pieces = split_keys(blocks, rows, k.length)
         whole = blocks * rows * features * setting.item
         return (pieces * blocks * -(-rows // 32) * 32 * (features + 2) * 4 + whole) * (pieces > 1)
+    if of.splits == "flash" and rows > 1 and flash_splits(blocks, rows, k.length, features) == 1:
+        return 0
     if of.splits == "flash" and not _has_documents(node, setting):
         if rows == 1 and _shared(setting, node):  # the heads that share keys become rows
             rows = q.elements_count * setting.batch // (k.elements_count // k.length * setting.batch)

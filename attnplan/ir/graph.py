@@ -159,7 +159,7 @@ class Builder:
         kept = [n for n in self._nodes if n.id in live or isinstance(n.op, Input)]
         kept.sort(key=lambda n: n.id == output)  # stable: the output goes last
         place = {n.id: i for i, n in enumerate(kept)}
-        return Graph(tuple(attrs.evolve(n, id=place[n.id], args=tuple(place[a] for a in n.args)) for n in kept))
+        return Graph(tuple(Node(place[n.id], n.op, tuple([place[a] for a in n.args]), n.type) for n in kept))
 
 
 def rewrite(graph: Graph, visit: Callable[[Builder, Node, tuple[int, ...]], int | None]) -> Graph:
