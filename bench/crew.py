@@ -38,6 +38,8 @@ LAST = 12.0
 """Seconds before the end from which no further spec is started."""
 RESERVE = 8.0
 """Seconds before the end from which no further contestant is: those that are ready race then."""
+STOPPING = 0.1
+"""Seconds that a race waits for the other processes to stand still."""
 DEATHS = 20
 """Processes that may die before a run is given up."""
 BUDGET_BYTES = 0.7
@@ -77,6 +79,15 @@ class Worker:
         if not self.asks and self.doing != "idle" and not self.paused and self.process.poll() is None:
             self.process.send_signal(signal.SIGSTOP)
             self.paused = time.monotonic()
+
+    def stopped(self) -> bool:
+        """Say whether a pause is in effect: a signal sent is not a process stopped, where the host is busy."""
+        if not self.paused:
+            return True
+        flags = os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT
+        with contextlib.suppress(ChildProcessError):  # it ended, and was waited for
+            return os.waitid(os.P_PID, self.process.pid, flags) is not None
+        return True
 
     def resume(self) -> float:
         """Let it go on, and return for how long it was stopped, which counts as nothing that it did."""
@@ -275,7 +286,14 @@ class Crew:
             for other in self.workers:
                 if other is not ready[0]:
                     other.pause()
+            self._still()
             self._let(ready[0])
+
+    def _still(self) -> None:
+        """Wait until the processes that are paused stand still; one in a driver's call gets no longer than this."""
+        end = time.monotonic() + STOPPING
+        while not all(w.stopped() for w in self.workers) and time.monotonic() < end:
+            time.sleep(0.0002)
 
     def _let_in(self) -> None:
         """Let first calls begin in the order in which they were asked for, while there is memory."""
