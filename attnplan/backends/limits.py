@@ -38,13 +38,15 @@ class Limits:
     """The only numbers of features of a head, if not all."""
     equal: bool = True
     """Whether the features of v must be as many as those of q."""
+    no_mask: str = "takes no mask"
+    """Why it is given none, where it is not."""
 
 
 def reasons(limits: Limits, native: frozenset[str], graph: Graph, spec: AttentionSpec, device: Device) -> Iterator[str]:
     """Iterate over every reason why a kernel with these limits cannot run a graph."""
     yield from _numerics(limits, native, spec, device)
     yield from _sizes(limits, spec)
-    yield from conditions(limits.title, native, graph)
+    yield from _conditions(limits, native, graph)
     yield from bias_reasons(limits.title, native, graph)
     if spec.alibi_slopes and spec.dtype in HALF and "mask" in native:
         yield f"{limits.title} adds a bias in {spec.dtype}, which rounds the distances of alibi_slopes beyond 256"
@@ -93,16 +95,16 @@ def _sizes(limits: Limits, spec: AttentionSpec) -> Iterator[str]:
             yield f"{limits.title} needs {name} to be a multiple of {limits.multiple}, the spec has {size}"
 
 
-def conditions(title: str, native: frozenset[str], graph: Graph) -> Iterator[str]:
+def _conditions(limits: Limits, native: frozenset[str], graph: Graph) -> Iterator[str]:
     """Yield why a kernel cannot express the first attend that it cannot."""
     masked = _first_masked(graph, native)
     for node, op in graph.of(Attend) if "blocks" in native else ():
         why = _blocks_reason(graph, node, native) if op.tile is not None else ""
         if why and (masked is None or node.id < masked.id):
-            yield f"{title} {why}"
+            yield f"{limits.title} {why}"
             return
     if masked is not None and isinstance(masked.op, Attend):
-        yield f"{title} takes no mask, %{masked.id} needs one for {masked.op.where!r}"
+        yield f"{limits.title} {limits.no_mask}, %{masked.id} needs one for {masked.op.where!r}"
 
 
 @lru_cache(maxsize=256)

@@ -102,8 +102,7 @@ class Live:
             tiles, copies = batch_memory(self.graph, node, op, self.setting, self.kind, backward=False)
             return own, Memory(workspace=own + tiles, gathered=copies)
         during = own + extra + self._workspace(node, len(group) > 1)
-        building = self._building(node) if self.conditions[node.id][1] else 0
-        return own, Memory(max(during, building), gathered)
+        return own, Memory(max(during, self._building(node)), gathered)
 
     def _skips_tiles(self, op: Attend) -> bool:
         return "blocks" in self.setting.kernel.native or (self.setting.kernel.skips and self.kind == "cuda")

@@ -181,10 +181,11 @@ def timed(
     clock = _Clock(spec, kernel, device, table)
     ops = tuple(_free(x.node) if x.forward is FREE and x.backward is FREE else clock.op(x) for x in found)
     busy = [op for op in ops if op.cost is not FREE]
-    host = clock.kernel.call + sum(op.host for op in busy) + (clock.kernel.backward_call if spec.training else 0.0)
+    around = clock.kernel.call + (clock.kernel.backward_call if spec.training else 0.0)
+    host = around + sum(op.host for op in busy)
     on_device = sum(op.seconds for op in busy)
-    if device.kind == "cpu":  # the host is the device
-        return ops, on_device + host - sum(op.host for op in ops), host
+    if device.kind == "cpu":  # the host is the device, and an op's seconds include its own
+        return ops, on_device + around, host
     return ops, max(on_device, host) + table.exposed * min(on_device, host), host
 
 

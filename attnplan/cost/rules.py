@@ -74,6 +74,8 @@ class Work:
     """Query heads that share keys."""
     launch: float = 0.0
     """Query rows, of all heads and batch elements, of the launch that this is part of; 0 if it is one by itself."""
+    around: int = 0
+    """Plain operators beside the kernel, for what it does not do by itself in a window or in documents."""
 
     @property
     def even(self) -> bool:
@@ -155,29 +157,13 @@ def _attend(node: Node, setting: Setting) -> Cost:
         moved += (4 + shared) * sum(value_bytes(n, setting) for n in (q, k, v))
         moved += int(11 * prod(q.type.rows.sizes[:-1]) * setting.batch * rows * columns * setting.accumulator)
     pairs = work.flops / (2 * (q.type.features + v.type.features))
+    around = 4 * (work.masked and not kernel.skips) + 4 * kernel.materialises + work.around
     return Cost(
         flops=work.flops,
         exps=pairs,
         bytes=moved + _kept(op, pairs, setting),
-        launches=(1 + _around(node, work, setting)) * _steps(op, rows, columns),
+        launches=(1 + around) * _steps(op, rows, columns),
     )
-
-
-_OF_DOCUMENTS, _OF_WINDOWS = 4, 2
-"""Operators that find the boundaries of documents, and that correct the LSE of rows without a key."""
-
-
-def _around(node: Node, work: Work, setting: Setting) -> int:
-    """Return the number of plain operators around a kernel."""
-    kernel = setting.kernel
-    if work.masked or kernel.materialises:
-        return 4 * (work.masked and not kernel.skips) + 4 * kernel.materialises
-    assert isinstance(node.op, Attend)
-    q, k = (n.type.rows for n in setting.graph.args(node)[:2])
-    native = lowered(setting.graph, node, kernel.native) if slot_condition(node.op, q, k) == "mask" else None
-    if native is None or (native.window == EVERYTHING and not native.documents):
-        return 0
-    return _OF_DOCUMENTS if native.documents else _OF_WINDOWS
 
 
 def _kept(op: Attend, pairs: float, setting: Setting) -> float:
@@ -189,6 +175,10 @@ def _kept(op: Attend, pairs: float, setting: Setting) -> float:
 def _steps(op: Attend, rows: int, columns: int) -> int:
     """Return how many blocks of scores an attend computes one after the other."""
     return 1 if op.loop is None else -(-rows // op.loop[0]) * -(-columns // op.loop[1])
+
+
+_OF_DOCUMENTS, _OF_WINDOWS = 4, 2
+"""Operators that find the boundaries of documents, and that correct the LSE of rows without a key."""
 
 
 def attend_work(node: Node, setting: Setting) -> Work:
@@ -227,7 +217,10 @@ def attend_work(node: Node, setting: Setting) -> Work:
     seen = padded if keys == columns else rows
     masked = native is None and condition == "mask"
     flops, group = 2 * blocks * seen * keys * both, setting.spec.heads // setting.spec.kv_heads
-    return Work(blocks, rows, keys, longest, widest, flops, masked, windowed, group)
+    around = 0
+    if native is not None and (native.documents or native.window != EVERYTHING):
+        around = _OF_DOCUMENTS if native.documents else _OF_WINDOWS
+    return Work(blocks, rows, keys, longest, widest, flops, masked, windowed, group, around=around)
 
 
 def window_pairs(rows: int, columns: int, window: Window) -> int:

@@ -124,14 +124,14 @@ def _split_rows(node: Node, setting: Setting, of: Needs, blocks: int) -> int:
         pieces = split_keys(blocks, rows, k.length)
         whole = blocks * rows * features * setting.item
         return (pieces * blocks * -(-rows // 32) * 32 * (features + 2) * 4 + whole) * (pieces > 1)
-    if of.splits == "flash" and rows > 1 and flash_splits(blocks, rows, k.length, features) == 1:
-        return 0
-    if of.splits == "flash" and not _has_documents(node, setting):
+    if of.splits == "flash":
         if rows == 1 and _shared(setting, node):  # the heads that share keys become rows
             rows = q.elements_count * setting.batch // (k.elements_count // k.length * setting.batch)
             blocks //= rows
         pieces = flash_splits(blocks, rows, k.length, features)
-        return pieces * blocks * rows * (-(-features // 32) * 32 + 1) * 4 * (pieces > 1)
+        if pieces == 1 or _has_documents(node, setting):
+            return 0
+        return pieces * blocks * rows * (-(-features // 32) * 32 + 1) * 4
     if of.splits == "documents" and setting.batch == 1 and slot_condition(node.op, q, k) == "full":
         pieces = min(MULTIPROCESSORS // max(1, blocks * -(-rows // 128)), k.length // 1024)
         return pieces * blocks * rows * (features * (2 * setting.item + 4) + 8) * (pieces > 1)

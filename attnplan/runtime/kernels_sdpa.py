@@ -158,8 +158,7 @@ class CuDNN:
 
         With LSE +inf all weights of a row are 0, as those of a row without a key must be.
         """
-        above = lse if asked.mask is None else lse.masked_fill(lse == -torch.inf, torch.inf)
-        stats = above.contiguous()
+        stats = lse.contiguous() if asked.mask is None else empty_rows_above(lse)
         stats = stats.unsqueeze(-1) if self.lse_dims == 4 else stats
         seed = q.new_empty((), dtype=torch.int64)
         lengths = (None, None, q.shape[2], k.shape[2], 0.0)

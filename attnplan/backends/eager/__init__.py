@@ -125,11 +125,10 @@ def _fused(graph: Graph, spec: AttentionSpec, schedule: Schedule, device: Device
     if schedule.name == "efficient":
         limits = attrs.evolve(limits, multiple=efficient_alignment(spec.dtype, device))
         yield from float32_reason(spec, device)
-    if schedule.name == "cudnn" and capability == TRIED:
-        limits = attrs.evolve(limits, widest=256)
-    for why in reasons(limits, schedule.native, graph, spec, device):
-        tried = f"cuDNN was tried with masks on compute capability {dotted(TRIED)} only"
-        yield why if capability == TRIED else why.replace("cuDNN takes no mask", tried)
+    if schedule.name == "cudnn":
+        tried = f"was tried with masks on compute capability {dotted(TRIED)} only"
+        limits = attrs.evolve(limits, widest=256) if capability == TRIED else attrs.evolve(limits, no_mask=tried)
+    yield from reasons(limits, schedule.native, graph, spec, device)
     if schedule.name == "flash" and capability in NO_WIDE_BACKWARD and 192 < spec.head_dim <= 224:
         where = f"on compute capability {dotted(capability)}"
         yield f"FlashAttention-2 has no backward for head_dim {spec.head_dim} {where}"

@@ -63,9 +63,10 @@ def _emitted(emitter: Emitter, schedule: Schedule) -> Program:
     source = f"{_source(forward)}\n{_source(backward)}"
     fused = FusedProgram(forward, backward, source, follow, learned=emit_learned(emitter))
     direct = None if blocked or writes.writes_places(emitter, kernel) else emitter.direct(kernel)
-    quick = direct and emitter.direct(kernel, learns=False)
-    if direct is None or quick is None:
+    if direct is None:
         return fused
+    quick = emitter.direct(kernel, learns=False) if kernel in _TOLD else direct
+    assert quick is not None
     return DirectProgram(direct, quick, fused, _source(direct), learns=kernel != "fa4")  # whose own is not replayed
 
 
@@ -86,12 +87,14 @@ def _softcap(op: Attend) -> dict[str, Any]:
     return {} if op.softcap is None else {"softcap": op.softcap}
 
 
-_OPERATORS: dict[str, tuple[Any, bool]] = {
-    "flash-cuda": (torch.ops.aten._scaled_dot_product_flash_attention.default, False),
-    "cudnn": (torch.ops.aten._scaled_dot_product_cudnn_attention.default, True),
-    "efficient": (torch.ops.aten._scaled_dot_product_efficient_attention.default, True),
+_OPERATORS = {
+    "flash-cuda": torch.ops.aten._scaled_dot_product_flash_attention.default,
+    "cudnn": torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    "efficient": torch.ops.aten._scaled_dot_product_efficient_attention.default,
 }
-"""Operators that are whole plans, and whether they are told, behind a mask, if a backward needs the LSE."""
+"""Operators that are whole plans."""
+_TOLD = frozenset({"cudnn", "efficient"})
+"""Those that are told, behind a mask, if a backward needs the LSE."""
 
 
 class Emitter:
@@ -143,9 +146,8 @@ class Emitter:
         elif window or (kernel == "efficient" and grouped):
             return None
         else:
-            operator, told = _OPERATORS[kernel]
-            between = (None, learns) if told else ()
-            call = code.call_function(operator, (q, k, v, *between, 0.0, causal), {"scale": op.scale})
+            between = (None, learns) if kernel in _TOLD else ()
+            call = code.call_function(_OPERATORS[kernel], (q, k, v, *between, 0.0, causal), {"scale": op.scale})
             code.output(code.call_function(getitem, (call, 0)))
         return fx.GraphModule({}, code, "Direct")
 

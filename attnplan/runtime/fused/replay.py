@@ -11,15 +11,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import Lock, get_ident
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from attnplan.runtime.kernels import Request
-from attnplan.runtime.tables import BlockLists, Lists, TileMasks
+from attnplan.runtime.tables import TileMasks
 from attnplan.runtime.views import accumulator
 
 _KEPT = 256
@@ -58,6 +58,21 @@ class _Recorder:
         return call
 
 
+def _recorded(steps: Sequence[Any], run: Callable[[], None]) -> list[Call]:
+    """Return the compiled kernels that this thread calls in a run of the interface's steps, in order."""
+    calls: list[Call] = []
+    with _recording:
+        tables = [step.compile_cache for step in steps]
+        for step, table in zip(steps, tables, strict=True):
+            step.compile_cache = _Recorder(table, calls)
+        try:
+            run()
+        finally:
+            for step, table in zip(steps, tables, strict=True):
+                step.compile_cache = table
+    return calls
+
+
 class _Known(NamedTuple):
     """What a forward starts again: the kernel, what follows its tensors, and the tables that must live as long."""
 
@@ -94,10 +109,7 @@ class Replay:
         tensors = [*_detached(q, k, v), out, lse]
         strides = tuple([x.stride() for x in tensors])
         current = torch.cuda.current_device() if q.is_cuda else None
-        blocks = asked.blocks
-        tables = None if blocks is None else (blocks.tile, *map(id, _tables(blocks, blocks.rows)))
-        kind = asked.scale, asked.causal, asked.window, asked.softcap, tables
-        key = (q.shape, k.shape, v.shape, strides, q.dtype, q.device, current, kind)
+        key = (q.shape, k.shape, v.shape, strides, q.dtype, q.device, current, _kind(asked, _tables(asked, "rows")))
         known = self._known.get(key)
         if known is not None:
             known.kernel(*tensors, *known.rest)
@@ -112,16 +124,8 @@ class Replay:
         self._function(q, k, v, out=out, lse=lse, return_lse=True, **self._options(asked))
 
     def _record(self, tensors: list[Tensor], asked: Request) -> _Known | None:
-        calls: list[Call] = []
-        with _recording:
-            table = self._function.compile_cache
-            self._function.compile_cache = _Recorder(table, calls)
-            try:
-                self._run(tensors, asked)
-            finally:
-                self._function.compile_cache = table
-        tables = () if asked.blocks is None else _tables(asked.blocks, asked.blocks.rows)
-        return _as_forward(calls, tensors, tables)
+        calls = _recorded([self._function], partial(self._run, tensors, asked))
+        return _as_forward(calls, tensors, _tables(asked, "rows"))
 
 
 @lru_cache(maxsize=4)
@@ -162,10 +166,7 @@ class BackwardReplay:
         made = [torch.empty_like(x) if y is None else stepping(y) for x, y in zip(given, into, strict=False)]
         strides = tuple([x.stride() for x in (*given, *made)])
         current = torch.cuda.current_device() if q.is_cuda else None
-        blocks = asked.blocks
-        tables = None if blocks is None else (blocks.tile, *map(id, _tables(blocks, blocks.columns)))
-        kind = asked.scale, asked.causal, asked.window, asked.softcap, tables
-        key = (q.shape, k.shape, v.shape, strides, q.dtype, q.device, current, kind)
+        key = (q.shape, k.shape, v.shape, strides, q.dtype, q.device, current, _kind(asked, _tables(asked, "columns")))
         known = self._known.get(key)
         if known is not None:
             known(given, made)
@@ -179,18 +180,8 @@ class BackwardReplay:
         self._function(*given, dq=made[0], dk=made[1], dv=made[2], **self._options(asked))
 
     def _record(self, given: list[Tensor], made: list[Tensor], asked: Request) -> _Backward | None:
-        calls: list[Call] = []
-        with _recording:
-            tables = [step.compile_cache for step in self._steps]
-            for step, table in zip(self._steps, tables, strict=True):
-                step.compile_cache = _Recorder(table, calls)
-            try:
-                self._run(given, made, asked)
-            finally:
-                for step, table in zip(self._steps, tables, strict=True):
-                    step.compile_cache = table
-        held = () if asked.blocks is None else _tables(asked.blocks, asked.blocks.columns)
-        return _as_backward(calls, given, made, held)
+        calls = _recorded(self._steps, partial(self._run, given, made, asked))
+        return _as_backward(calls, given, made, _tables(asked, "columns"))
 
 
 class _Backward(NamedTuple):
@@ -252,15 +243,24 @@ def _keep(known: OrderedDict[Hashable, T], key: Hashable, call: T) -> None:
     known[key] = call
 
 
-def _tables(blocks: BlockLists, lists: Lists) -> Tables:
-    """Return the tensors of one direction of the tables, and of the masks of partial tiles.
+def _kind(asked: Request, tables: Tables) -> tuple[Hashable, ...]:
+    """Return what a compiled kernel depends on, beside its tensors, and on which tables it was recorded."""
+    tile = None if asked.blocks is None else asked.blocks.tile
+    return asked.scale, asked.causal, asked.window, asked.softcap, tile, *map(id, tables)
+
+
+def _tables(asked: Request, direction: Literal["rows", "columns"]) -> Tables:
+    """Return the tensors of one direction of the tables, and of the masks of partial tiles; none without tables.
 
     While a recorded call holds them no other tensors get their identities, by which it is found.
     """
-    masks = blocks.masks
-    if masks is None:
-        return lists.partial_count, lists.partial_index, lists.full_count, lists.full_index
-    more = (masks.places, masks.masks) if isinstance(masks, TileMasks) else (masks.bounds,)
+    blocks = asked.blocks
+    if blocks is None:
+        return ()
+    lists, masks = blocks.rows if direction == "rows" else blocks.columns, blocks.masks
+    more: Tables = ()
+    if masks is not None:
+        more = (masks.places, masks.masks) if isinstance(masks, TileMasks) else (masks.bounds,)
     return lists.partial_count, lists.partial_index, lists.full_count, lists.full_index, *more
 
 
