@@ -14,6 +14,7 @@ from attnplan.ir.launch import launch_key
 from attnplan.ir.ops import disjoint
 
 
+@lru_cache(maxsize=256)
 def pull_of(graph: Graph) -> Node | None:
     """Return the join that pulls, None if there is none."""
     return next((n for n in graph if isinstance(n.op, Merge | Mix) and n.op.pull), None)

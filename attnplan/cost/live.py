@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
 
 from attnplan.cost.allocated import Memory, larger, rounded
@@ -18,6 +19,16 @@ from attnplan.ir.launch import launches
 from attnplan.ir.native import lowered
 from attnplan.ir.ops import disjoint
 from attnplan.ir.slots import mask_rows, slot_condition
+
+
+@lru_cache(maxsize=256)
+def _freed(graph: Graph) -> tuple[tuple[int, ...], ...]:
+    """Return the values that each node is the last to use, by its id."""
+    last_use = {arg: node.id for node in graph for arg in node.args}
+    found: list[list[int]] = [[] for _ in graph]
+    for value, node_id in last_use.items():
+        found[node_id].append(value)
+    return tuple(map(tuple, found))
 
 
 class Live:
@@ -49,7 +60,7 @@ class Live:
 
     def inference(self) -> Memory:
         """Return the peak of a forward that keeps nothing for a backward."""
-        last_use = {arg: node.id for node in self.graph for arg in node.args}
+        freed = _freed(self.graph)
         sizes: dict[int, int] = {}
         peak = Memory()
         last = max(node.id for node, _ in self.graph.of(Attend))
@@ -66,7 +77,7 @@ class Live:
             else:
                 continue
             sizes[node.id] = own
-            live += own - sum(sizes.pop(arg, 0) for arg in set(node.args) if last_use[arg] == node.id)
+            live += own - sum([sizes.pop(value, 0) for value in freed[node.id]])
         finish = self._round(live) + (self.output_bytes if self._casts() else 0)
         output = self.graph.output
         if isinstance(output.op, Output) and output.op.sinks:
@@ -180,7 +191,7 @@ class Live:
         """Return the bytes that the kernel allocates in the forward, or the scores of plain torch."""
         op = node.op
         assert isinstance(op, Attend)
-        q, k = (self.graph[a].type for a in node.args[:2])
+        q, k = self.graph[node.args[0]].type, self.graph[node.args[1]].type
         blocks = prod(q.rows.sizes[:-1]) * self.setting.batch
         if op.loop is not None:
             return block_bytes(node, self.setting, backward=False)

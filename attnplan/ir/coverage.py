@@ -22,7 +22,7 @@ import attrs
 from attnplan.errors import PassError, VerifyError
 from attnplan.ir.graph import Graph, Node
 from attnplan.ir.ops import Attend, Input, Merge, Mix, Output
-from attnplan.ir.probes import PROBES, Probe, attend_sum
+from attnplan.ir.probes import PROBES, attend_sum
 from attnplan.ir.rows import RowMap
 from attnplan.patterns.bands import Full
 from attnplan.patterns.base import Pattern, conjuncts
@@ -164,19 +164,26 @@ def spec_coverage(spec: AttentionSpec) -> Coverage:
                 biases=spec.biases,
                 mixing=_spec_mixing(spec, branch),
             )
-            values = (coefficient * _spec_sum(spec, branch, condition, shift or 0, probe) for probe in PROBES)
-            parts.append({term: tuple(values)})
+            sums = _spec_sums(spec, branch, condition, shift or 0)
+            parts.append({term: tuple(coefficient * each for each in sums)})
     return Coverage(spec_inputs(spec), _add(parts), spec.sink_logits)
 
 
-def _spec_sum(spec: AttentionSpec, branch: int, condition: Conjunction, shift: int, probe: Probe) -> int:
-    """Return the sum over the pairs of a branch that one intersection admits, head by head."""
+def _spec_sums(spec: AttentionSpec, branch: int, condition: Conjunction, shift: int) -> tuple[int, ...]:
+    """Return the sums over the pairs of a branch that one intersection admits, one for each probe, head by head."""
     shape, group = spec.shape, spec.heads // spec.kv_heads
-    weights: dict[int, int] = {}
+    alike: dict[tuple[int, ...], list[int]] = {}
     for head in range(spec.heads):
-        each = head_sum(condition, head, probe.pairs, shift, shape.seq_len, shape.kv_len)
-        weights[each] = weights.get(each, 0) + probe.weight(branch, head, head // group)
-    return sum(each * weight for each, weight in weights.items()) % PRIME
+        if condition.admits(head):
+            alike.setdefault(condition.offsets(head), []).append(head)
+    totals = []
+    for probe in PROBES:
+        total = 0
+        for heads in alike.values():
+            each = head_sum(condition, heads[0], probe.pairs, shift, shape.seq_len, shape.kv_len)
+            total += each * sum([probe.weight(branch, head, head // group) for head in heads])
+        totals.append(total % PRIME)
+    return tuple(totals)
 
 
 def spec_inputs(spec: AttentionSpec) -> frozenset[Input]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
@@ -48,18 +48,26 @@ class Graph:
         """The output node."""
         return self.nodes[-1]
 
-    @property
-    def inputs(self) -> dict[str, Node]:
+    @cached_property
+    def inputs(self) -> Mapping[str, Node]:
         """The input nodes by operand name."""
         return {n.op.tensor: n for n in self.nodes if isinstance(n.op, Input)}
 
     def of(self, kind: type[T]) -> tuple[tuple[Node, T], ...]:
         """Return the nodes of one kind, each with its op."""
-        return tuple((n, n.op) for n in self.nodes if isinstance(n.op, kind))
+        found: tuple[tuple[Node, T], ...] | None = self._found.get(kind)
+        if found is None:
+            found = self._found[kind] = tuple([(n, n.op) for n in self.nodes if isinstance(n.op, kind)])
+        return found
+
+    @cached_property
+    def _found(self) -> dict[type[Op], Any]:
+        """What was asked for by kind: planning asks each graph dozens of times."""
+        return {}
 
     def args(self, node: Node) -> tuple[Node, ...]:
         """Return the nodes whose results ``node`` takes, in order."""
-        return tuple(self.nodes[i] for i in node.args)
+        return tuple([self.nodes[i] for i in node.args])
 
     def verify(self) -> None:
         """Check the structure and infer every type again.
@@ -91,8 +99,8 @@ class Graph:
             raise PassError(f"%{node.id} takes rows of rows: a take reads an input, or what was received")
         if isinstance(node.op, Merge | Mix) and node.op.rows != self.nodes[-1].type.rows:
             raise PassError(f"%{node.id} {node.op.name} does not write every row of q once, in order")
-        inferred = _inferred(node.op, tuple(self.nodes[a].type for a in node.args))
-        if inferred != node.type:
+        inferred = _inferred(node.op, tuple([self.nodes[a].type for a in node.args]))
+        if inferred is not node.type and inferred != node.type:
             raise PassError(f"%{node.id} {node.op.name} has type {node.type}, its operands make it {inferred}")
 
     def as_networkx(self) -> networkx.MultiDiGraph:
@@ -128,7 +136,7 @@ class Builder:
         """Append a node, its type inferred, and return its id."""
         key = (op, args)
         if key not in self._known:
-            inferred = _inferred(op, tuple(self._nodes[a].type for a in args))
+            inferred = _inferred(op, tuple([self._nodes[a].type for a in args]))
             self._known[key] = len(self._nodes)
             self._nodes.append(Node(len(self._nodes), op, args, inferred))
         return self._known[key]
@@ -171,7 +179,7 @@ def rewrite(graph: Graph, visit: Callable[[Builder, Node, tuple[int, ...]], int 
     builder = Builder()
     new: dict[int, int] = {}
     for node in graph.nodes:
-        args = tuple(new[a] for a in node.args)
+        args = tuple([new[a] for a in node.args])
         replacement = visit(builder, node, args)
         new[node.id] = builder.add(node.op, *args) if replacement is None else replacement
     result = builder.build(new[graph.output.id])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from math import prod
+from functools import lru_cache
 
 import attrs
 
@@ -38,8 +38,12 @@ class Probe:
 
     def weight(self, branch: int, head: int, kv_head: int) -> int:
         """Return the factor that every pair of a branch and a head has."""
-        powers = (pow(self.branch, branch, PRIME), pow(self.head, head, PRIME), pow(self.kv_head, kv_head, PRIME))
-        return prod(powers) % PRIME
+        return _power(self.branch, branch) * _power(self.head, head) * _power(self.kv_head, kv_head) % PRIME
+
+
+@lru_cache(maxsize=4096)
+def _power(base: int, exponent: int) -> int:
+    return pow(base, exponent, PRIME)
 
 
 _SOURCE = random.Random(0x61747470)  # fixed, so that a graph has the same fingerprint everywhere
@@ -76,18 +80,21 @@ def _head_span(condition: Conjunction) -> Span:
 
 def _by_head(probe: Probe, op: Attend, condition: Conjunction, q: RowMap, k: RowMap) -> int:
     """Sum head by head over consecutive rows, with the pattern's own closed form; heads with one offset share it."""
-    weights: dict[tuple[object, ...], int] = {}
-    examples: dict[tuple[object, ...], int] = {}
-    for index, head in q.batch_heads():
-        key = (condition.admits(head), condition.offsets(head))
-        weights[key] = weights.get(key, 0) + probe.weight(op.branch, head, k.head_at(index))
-        examples.setdefault(key, head)
-    shift = op.shift or 0
+    shift, total = op.shift or 0, 0
     queries, keys = (q.row + shift, q.row + shift + q.length), (k.row, k.row + k.length)
-    return sum(
-        weight % PRIME * range_sum(condition, examples[key], probe.pairs, queries, keys, shift)
-        for key, weight in weights.items()
-    ) % PRIME  # fmt: skip
+    for heads in _heads_alike(condition, q, k):
+        weight = sum([probe.weight(op.branch, *pair) for pair in heads]) % PRIME
+        total += weight * range_sum(condition, heads[0][0], probe.pairs, queries, keys, shift)
+    return total % PRIME
+
+
+@lru_cache(maxsize=512)
+def _heads_alike(condition: Conjunction, q: RowMap, k: RowMap) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Return the (head, key/value head) pairs of an attend, together where a condition is the same for them."""
+    found: dict[tuple[object, ...], list[tuple[int, int]]] = {}
+    for index, head in q.batch_heads():
+        found.setdefault((condition.admits(head), condition.offsets(head)), []).append((head, k.head_at(index)))
+    return tuple(map(tuple, found.values()))
 
 
 @attrs.frozen
