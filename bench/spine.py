@@ -8,12 +8,17 @@ Every ratio is taken within one process, the contestants interleaved, medians co
 from __future__ import annotations
 
 import argparse
+import ast
+import gc
+import inspect
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,38 +131,67 @@ def host_overhead(calls: int = 500, rounds: int = 31) -> dict[str, Any]:
     return result
 
 
-def planning(rounds: int = 7) -> dict[str, Any]:
-    """Time planning LongNet over 1,000,003 tokens, 32 heads, 10 branches: lowering, passes, proofs, search."""
+PACE = 0.025
+"""Seconds of :func:`pace` on the machine that the limit of planning is meant for, while nothing disturbs it."""
+
+
+def pace() -> float:
+    """Return the seconds of a fixed piece of plain Python: what shares a core makes all Python as slow as this."""
+    text = inspect.getsource(argparse)
+    gc.disable()  # a collection of all that torch has made takes four times as long
+    try:
+        start = time.process_time()
+        ast.unparse(ast.parse(text))
+        return time.process_time() - start
+    finally:
+        gc.enable()
+
+
+def planning(rounds: int = 9) -> dict[str, Any]:
+    """Time planning LongNet over 1,000,003 tokens, 32 heads, 10 branches: lowering, passes, proofs, search.
+
+    ``at_pace_seconds`` are those of the processor, divided in each round by how much slower than :data:`PACE` plain
+    Python was in it.
+    """
     pattern = P.longnet([1024 * 2**i for i in range(10)], [2**i for i in range(10)])
-    wall, cpu = [], []
+    wall, cpu, slower = [], [], []
+    pace()  # the first one is slow
     for i in range(rounds):
+        before = pace()
         spec = AttentionSpec(seq_len=1_000_003, heads=32, head_dim=64, pattern=pattern, causal=True, scale=1 + i / 64)
         start, start_cpu = time.perf_counter(), time.process_time()
         attnplan.compile(spec, device="h100")
         wall.append(time.perf_counter() - start)
         cpu.append(time.process_time() - start_cpu)
+        slower.append(max(1.0, (before + pace()) / (2 * PACE)))
     return {
         "name": "planning",
         "spec": spec.to_dict(),
         "seconds": summary(wall),
         "cpu_seconds": summary(cpu),
+        "at_pace_seconds": summary([seconds / by for seconds, by in zip(cpu, slower, strict=True)]),
+        "slower_than_pace": summary(slower),
         "first_cpu_seconds": cpu[0],
     }
 
 
 def explain_without_torch(spec_file: str, rounds: int = 5) -> dict[str, Any]:
-    """Time `attnplan explain FILE --device h100` against `import torch`, as whole processes."""
+    """Time `attnplan explain FILE --device h100` against `import torch`, as whole processes.
+
+    Both run from bytecode, as installed packages do. The share is that of a round, whatever the machine's pace in it.
+    """
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     commands = {
         "explain": [sys.executable, "-m", "attnplan", "explain", spec_file, "--device", "h100"],
         "import torch": [sys.executable, "-c", "import torch"],
     }
-    run = {name: (lambda c=c: subprocess.run(c, check=True, capture_output=True)) for name, c in commands.items()}
-    times = interleaved(run, rounds)
-    medians = {name: statistics.median(t) for name, t in times.items()}
+    run = partial(subprocess.run, check=True, capture_output=True, env=environ)
+    times = interleaved({name: partial(run, command) for name, command in commands.items()}, rounds)
+    shares = [mine / other for mine, other in zip(times["explain"], times["import torch"], strict=True)]
     return {
         "name": "explain without torch",
         "seconds": {name: summary(t) for name, t in times.items()},
-        "share_of_import_torch": medians["explain"] / medians["import torch"],
+        "share_of_import_torch": statistics.median(shares),
     }
 
 

@@ -15,11 +15,13 @@ def test_a_plan_adds_at_most_15_microseconds_to_sdpa_and_a_cached_call_at_most_3
 
 
 def test_longnet_over_a_million_tokens_is_planned_and_proved_in_50_ms():
-    assert spine.planning()["cpu_seconds"]["median"] <= 0.050
+    row = spine.planning()
+    assert row["at_pace_seconds"]["median"] <= 0.050, row
 
 
 def test_explain_takes_at_most_a_third_of_importing_torch():
-    assert spine.explain_without_torch("examples/longnet.toml", rounds=3)["share_of_import_torch"] <= 1 / 3
+    row = spine.explain_without_torch("examples/longnet.toml")
+    assert row["share_of_import_torch"] <= 1 / 3, row
 
 
 def test_longnet_is_4_times_as_fast_as_its_equivalent_sdpa_call_and_3_times_as_fast_as_dense():
