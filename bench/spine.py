@@ -138,7 +138,7 @@ PACE = 0.025
 def pace() -> float:
     """Return the seconds of a fixed piece of plain Python: what shares a core makes all Python as slow as this."""
     text = inspect.getsource(argparse)
-    gc.disable()  # a collection of all that torch has made takes four times as long
+    gc.disable()  # a collection of all that torch has made takes longer than this
     try:
         start = time.process_time()
         ast.unparse(ast.parse(text))

@@ -23,7 +23,7 @@ from bench.regret import Measuring, same_place
 from bench.workers import start
 
 WORKER = """
-import contextlib, json, os, sys, time
+import json, os, sys, time
 
 log = open({log!r}, "a")
 me = os.getpid()
@@ -41,19 +41,21 @@ def note(what):
 
 def meeting(what):
     # goes on with it until another process is in a check, at most for some seconds; only the first that asks does
-    with contextlib.suppress(FileExistsError):
+    try:
         os.close(os.open({log!r} + what, os.O_CREAT | os.O_EXCL))
-        end = time.monotonic() + {patience}
-        before = set()
-        while time.monotonic() < end:
-            notes = [json.loads(line) for line in open({log!r})]
-            last = {{who: (at, done) for at, who, done in notes if who != me and done in ("checks", "checked")}}
-            checks = {{(who, at) for who, (at, done) in last.items() if done == "checks"}}
-            if before & checks:  # a note fell into it
-                return
-            before = checks
-            note(what)
-            time.sleep(0.002)
+    except FileExistsError:
+        return
+    end = time.monotonic() + {patience}
+    before = set()
+    while time.monotonic() < end:
+        notes = [json.loads(line) for line in open({log!r})]
+        last = {{who: (at, done) for at, who, done in notes if who != me and done in ("checks", "checked")}}
+        checks = {{(who, at) for who, (at, done) in last.items() if done == "checks"}}
+        if before & checks:  # a note fell into it
+            return
+        before = checks
+        note(what)
+        time.sleep(0.002)
 
 say({{"hello": {{"device": "fake", "versions": {{}}}}, "memory": 100}})
 for line in sys.stdin:

@@ -51,7 +51,7 @@ class Graph:
     @cached_property
     def inputs(self) -> Mapping[str, Node]:
         """The input nodes by operand name."""
-        return {n.op.tensor: n for n in self.nodes if isinstance(n.op, Input)}
+        return {op.tensor: node for node, op in self.of(Input)}
 
     def of(self, kind: type[T]) -> tuple[tuple[Node, T], ...]:
         """Return the nodes of one kind, each with its op."""
@@ -86,7 +86,7 @@ class Graph:
             raise PassError(f"nothing uses {', '.join(unused)}")
         if not self.nodes or [n.id for n in self.nodes if isinstance(n.op, Output)] != [len(self.nodes) - 1]:
             raise PassError("a graph has one output, and it is the last node")
-        if sorted(n.op.tensor for n, _ in self.of(Input) if isinstance(n.op, Input)) != ["k", "q", "v"]:
+        if sorted(op.tensor for _, op in self.of(Input)) != ["k", "q", "v"]:
             raise PassError("a graph has the inputs q, k and v, once each")
         if self.output.type.rows != self.inputs["q"].type.rows:
             raise PassError("the output does not hold every row of q once, in order")
