@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
+import weakref
 
 import attrs
 import pytest
@@ -353,3 +355,42 @@ def test_a_poisoned_device_is_reported_and_ends_the_run(monkeypatch):
     assert "cannot be used any more" in rows[-1]["failed"]
     assert {r["spec"] for r in rows} == {"a"}
     assert module.PoisonedError is PoisonedError
+
+
+def test_no_garbage_is_collected_while_a_burst_is_timed_and_all_of_it_between_rounds():
+    seen, kept = [], []
+
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+    def call():
+        seen.append(gc.isenabled())
+        one = Cycle()
+        kept.append(weakref.ref(one))
+
+    race({"cycles": call}, on_gpu=False, plenty=Plenty(warm_ups=1, rounds=3, seconds=1e-9))
+    assert not any(seen)
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+    alive = sum(one() is not None for one in kept)
+    assert alive < len(kept) / 2
+
+
+def test_the_collector_is_as_it_was_after_a_race_that_fails():
+    def fail():
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        race({"fails": fail}, on_gpu=False)
+    assert gc.isenabled()
+    gc.disable()
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    try:
+        race({"nothing": lambda: None}, on_gpu=False, plenty=Plenty(rounds=1))
+        assert not gc.isenabled()
+        assert gc.get_freeze_count() == frozen
+    finally:
+        gc.unfreeze()
+        gc.enable()
