@@ -419,8 +419,8 @@ def ship(paths: Sequence[Path], leave: Sequence[str] = (), changed: str = "") ->
     left = tuple(leave)
     numbers = {p: n for p, n in numbers.items() if p.rpartition("/")[2] not in left and not p.startswith(left)}
     name = read_rows(paths[0])[0]["environment"]["device"]
-    where = f"{device.title} elsewhere" if name == "cpu" else f"an {name} elsewhere"
-    about = f"measured on {where}: {', '.join(f'{n} {v}' for n, v in versions.items())}"
+    where = device.title if name == "cpu" else f"an {name}"
+    about = f"calibrated on {where}: {', '.join(f'{n} {v}' for n, v in versions.items())}"
     about += f"; published: {', '.join(leave)}" if leave else ""
     SHIPPED.mkdir(exist_ok=True)
     out = SHIPPED / f"{device.name}.json"

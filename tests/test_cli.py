@@ -143,7 +143,7 @@ def test_the_source_is_printed_after_the_page():
 @pytest.mark.parametrize("extra", [(), ("--backward",), ("--layout", "bshd"), ("--backend", "reference")], ids=str)
 def test_run_measures(extra):
     text = ok("run", *LONGNET, "--repeat", "2", *extra)
-    assert re.search(r"(?m)^predicted +[\d.]+ [mu]?s \(data sheet\)$", text)
+    assert re.search(r"(?m)^predicted +[\d.]+ [mu]?s \(calibrated elsewhere\)$", text)
     assert re.search(r"(?m)^measured +[\d.]+ [mu]?s, median of 2 \([\d.]+ [mu]?s to [\d.]+ [mu]?s\)$", text)
 
 

@@ -302,7 +302,7 @@ def test_a_refused_suggestion_says_that_pieces_may_fit():
 def test_suggest_on_the_command_line():
     rows = json.loads(run("suggest", "--seq-len", "2k", "--heads", 2, "--head-dim", 64, "--json").output)
     assert rows["schema"] == suggest.SCHEMA
-    assert {r["basis"] for r in rows["rows"]} == {"data sheet"}
+    assert {r["basis"] for r in rows["rows"]} == {"calibrated elsewhere"}
     done = run("suggest", "--seq-len", 16_384, "--heads", 8, "--head-dim", 64, "--device", "h100")
     assert done.exit_code == 0, done.output
     assert done.output.splitlines()[0].split() == ["pattern", "reach", "pairs", "predicted", "peak", "choice"]

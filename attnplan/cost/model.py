@@ -260,7 +260,9 @@ class _Clock:
             blocks = max(1.0, blocks / work.group)
         pairs = max(1.0, work.blocks * work.rows * work.keys)
         each = factor * work.flops / pairs * tile / rate  # of one block of threads, for each key that it visits
-        mean, longest = (work.keys + half) * each, (work.longest + half) * each
+        more = self.kernel.compare * 2 * tile / rate  # the same for each key that it compares, in a backward once, too
+        mean = (work.keys + half) * each + work.compared * more
+        longest = (work.longest + half) * each + work.longest_compared * more
         if self.kernel.splits and blocks < units and work.keys > SPLIT:
             pieces = min(units // blocks, ceil(work.keys / SPLIT))
             blocks, mean, longest = blocks * pieces, (work.keys / pieces + half) * each, longest / pieces

@@ -72,6 +72,8 @@ class KernelParameters:
     causal_backward: float = 1.0
     masked: float = 0.8
     """Factor on the rate under a mask in memory, or over tables of tiles."""
+    compare: float = 1.0
+    """What it costs to find out whether a pair meets, in tiles that are not whole: as much as so many features."""
     host: float = 3e-5
     """Seconds for which one forward call keeps the host busy."""
     backward_host: float = 6e-5

@@ -9,7 +9,7 @@ import attrs
 
 from attnplan.cost.joins import placed, rows_there
 from attnplan.cost.setting import KernelModel, Setting, value_bytes
-from attnplan.cost.tiles import DOCUMENTS, attend_tiles, fullest_row, launches_of_tiles
+from attnplan.cost.tiles import DOCUMENTS, attend_tiles, fullest_row, launches_of_tiles, partial_tiles
 from attnplan.errors import PassError
 from attnplan.ir import Attend, Input, Merge, Mix, Node, Op, Output, Receive, Take
 from attnplan.ir.launch import launches
@@ -74,13 +74,17 @@ class Work:
     """Query heads that share keys."""
     launch: float = 0.0
     """Query rows, of all heads and batch elements, of the launch that this is part of; 0 if it is one by itself."""
+    compared: float = 0.0
+    """Keys of tiles whose pairs are compared one by one, of those that a row visits on average."""
+    longest_compared: float = 0.0
+    """The same of the row with the most of them."""
     around: int = 0
     """Plain operators beside the kernel, for what it does not do by itself in a window or in documents."""
 
     @property
     def even(self) -> bool:
-        """Whether all rows visit as many keys."""
-        return self.longest <= 1.02 * self.keys
+        """Whether all rows visit as many keys, and compare as many."""
+        return self.longest + self.longest_compared <= 1.02 * (self.keys + self.compared)
 
 
 def mask_bytes(node: Node, setting: Setting) -> int:
@@ -196,10 +200,17 @@ def attend_work(node: Node, setting: Setting) -> Work:
         pairs = kept * op.tile[0] * op.tile[1]
         tiles = max(1, -(-rows // op.tile[0]))
         keys = kept * op.tile[1] / max(1, blocks * tiles)
-        longest = 1.25 * keys
-        if kernel.skips:  # rows of tiles are not cut, as those of gathered tiles are
-            longest = max(longest, fullest_row(op, q.type.rows, k.type.rows, setting.spec) * op.tile[1])
-        return Work(blocks, rows, keys, longest, widest, 2 * pairs * both, masked=True)
+        work = Work(blocks, rows, keys, 1.25 * keys, widest, 2 * pairs * both, masked=True)
+        if not (kernel.skips or "blocks" in kernel.native):
+            return work
+        where = (op, q.type.rows, k.type.rows, setting.spec)  # rows of tiles are not cut, as those of gathered ones are
+        partial, of_one_row = partial_tiles(*where)
+        return attrs.evolve(
+            work,
+            longest=max(work.longest, fullest_row(*where) * op.tile[1]),
+            compared=partial * setting.batch * op.tile[1] / max(1, blocks * tiles),
+            longest_compared=of_one_row * op.tile[1],
+        )
     condition: str = slot_condition(op, q.type.rows, k.type.rows)
     native = lowered(setting.graph, node, kernel.native) if condition == "mask" else None
     windowed = native is not None and native.window not in (EVERYTHING, (None, 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import attrs
 
@@ -46,18 +47,37 @@ def attend_tiles(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec) -> int:
 @lru_cache(maxsize=1024)
 def fullest_row(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec) -> int:
     """Return the most tiles that one row of tiles of an attend may keep."""
-    from attnplan.patterns.tiles import Grid
     from attnplan.patterns.tiles.table import row_counts
 
     assert op.tile is not None
-    columns = -(-k.length // op.tile[1])
+    known = _known(op, q, k, spec)
+    return -(-k.length // op.tile[1]) if known is None else row_counts(*known)
+
+
+@lru_cache(maxsize=1024)
+def partial_tiles(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec) -> tuple[int, int]:
+    """Return how many tiles an attend compares pair by pair: in all heads of one batch element, and in one row at most.
+
+    None are counted where calls say where the tiles lie.
+    """
+    from attnplan.patterns.tiles import table
+
+    known = _known(op, q, k, spec)
+    return (0, 0) if known is None else table.partial_tiles(*known)
+
+
+def _known(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec) -> tuple[Pattern, Any, Any, list[int]] | None:
+    """Return the pattern of an attend, the shape of one batch element, its grid of tiles and its heads, if known."""
+    from attnplan.patterns.tiles import Grid
+
     if op.boxes is not None or op.shift is None:
-        return columns
+        return None
+    assert op.tile is not None
     where = static_part(op.where)
     if "documents" in op.where.operands:
         where = where & _equal_documents(spec.shape.kv_len)
     grid = Grid(q.row + op.shift, q.length, k.row, k.length, op.tile)
-    return row_counts(where, attrs.evolve(spec.shape, batch=1), grid, [head for _, head in q.batch_heads()])
+    return where, attrs.evolve(spec.shape, batch=1), grid, [head for _, head in q.batch_heads()]
 
 
 _GATHERED = 1 << 22

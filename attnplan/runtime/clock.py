@@ -135,10 +135,10 @@ def race(calls: Mapping[str, Call], on_gpu: bool, plenty: Plenty | None = None) 
 def _uncollected() -> Iterator[None]:
     """Keep the garbage collector out of what is timed: with a compiler loaded, it takes longer than a burst.
 
-    What exists is frozen, so that collecting between rounds is cheap; not where the program froze something itself.
+    What exists is frozen, so that collecting between rounds is cheap; not where the program froze something itself. It
+    is not collected first: an interrupt that meets a finalizer is lost.
     """
     collects, freezes = gc.isenabled(), gc.get_freeze_count() == 0
-    gc.collect()
     gc.disable()
     if freezes:
         gc.freeze()

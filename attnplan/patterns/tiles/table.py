@@ -14,7 +14,7 @@ import numpy as np
 from attnplan.errors import SpecError
 from attnplan.patterns.base import Pattern, Shape
 from attnplan.patterns.tiles.grid import Grid
-from attnplan.patterns.tiles.runs import FULL, Runs
+from attnplan.patterns.tiles.runs import EMPTY, FULL, MAYBE, Runs
 from attnplan.patterns.tiles.signatures import classes, signature
 from attnplan.patterns.tiles.states import runs
 from attnplan.units import format_bytes
@@ -202,17 +202,44 @@ def row_counts(pattern: Pattern, shape: Shape, grid: Grid, heads: Sequence[int])
     >>> row_counts(causal(), shape, Grid.of(shape, (128, 128)), range(2))
     8
     """
+    return max((int(kept.max(initial=0)) for _, kept, _ in _counts(pattern, shape, grid, heads)), default=0)
+
+
+def partial_tiles(pattern: Pattern, shape: Shape, grid: Grid, heads: Sequence[int]) -> tuple[int, int]:
+    """Return how many kept tiles may be partial, all ``heads`` together, and in the row with the most of them.
+
+    Examples
+    --------
+    >>> from attnplan.patterns import causal, global_tokens
+    >>> shape = Shape(seq_len=1024, kv_len=1024, heads=2)
+    >>> partial_tiles(causal(), shape, Grid.of(shape, (128, 128)), range(2))
+    (16, 1)
+    >>> partial_tiles(global_tokens(16), shape, Grid.of(shape, (128, 128)), range(2))
+    (30, 8)
+    """
+    total = most = 0
+    for same, _, partial in _counts(pattern, shape, grid, heads):
+        total += same * int(partial.sum())
+        most = max(most, int(partial.max(initial=0)))
+    return total, most
+
+
+def _counts(
+    pattern: Pattern, shape: Shape, grid: Grid, heads: Sequence[int]
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Iterate over blocks of tile rows: how many heads have them, and the kept and the partial tiles of each row."""
     raw = pattern.tables(shape)
-    most = 0
     keys = [pattern.head_key(h) for h in heads]
     for b in range(max((t.shape[0] for t in raw.values()), default=1)):
         tables = {name: t[min(b, t.shape[0] - 1)] for name, t in raw.items()}
         for key in dict.fromkeys(keys):
             for _, found in _row_blocks(pattern, grid, heads[keys.index(key)], tables):
-                lengths = np.where(found.state > 0, found.lengths(), 0)
-                counts = np.bincount(found.key // found.columns, weights=lengths, minlength=found.rows)
-                most = max(most, int(counts.max(initial=0)))
-    return most
+                row, lengths = found.key // found.columns, found.lengths()
+                kept, partial = (
+                    np.bincount(row, weights=np.where(wanted, lengths, 0), minlength=found.rows).astype(np.int64)
+                    for wanted in (found.state != EMPTY, found.state == MAYBE)
+                )
+                yield keys.count(key), kept, partial
 
 
 def _row_blocks(pattern: Pattern, grid: Grid, head: int, tables: Mapping[str, Any]) -> Iterator[tuple[Any, Runs]]:
