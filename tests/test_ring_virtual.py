@@ -19,9 +19,11 @@ from attnplan.ring.layouts import LAYOUTS
 from attnplan.ring.program import Hop
 from attnplan.ring.transports import TRANSPORTS
 from attnplan.runtime.ring import executor, merge_parts, merging
+from attnplan.runtime.ring import virtual as virtual_module
 from attnplan.runtime.ring.dry import dry_run
 from attnplan.runtime.ring.exchanges import Start, Wait
-from attnplan.runtime.ring.rows import Holding, assembly
+from attnplan.runtime.ring.rows import Assembly, Holding, assembly
+from attnplan.runtime.ring.stores import Stores
 from attnplan.runtime.ring.virtual import VirtualRing
 from tests.ring_programs import virtual
 from tests.running import TOLERANCES, Call, assert_agree
@@ -325,6 +327,65 @@ def test_rows_without_a_key_are_no_numbers_that_spread() -> None:
     out, lse = plan(q, k, v, return_lse=True)
     assert lse[0, 0, 0] == -torch.inf
     assert not out.isnan().any()
+
+
+# What ranks of one process share.
+
+
+def stores_made(plan: Any, call: Call) -> int:
+    """Return how many copies of all keys, or all values, a call puts together."""
+    found: list[Assembly] = []
+    original = Assembly.gather
+
+    def gather(self: Assembly, sources: Any, like: Any) -> Any:
+        if self.same is None and not self.slice and self.wanted.length == LENGTH:
+            found.append(self)
+        return original(self, sources, like)
+
+    with mock.patch.object(Assembly, "gather", gather):
+        call.got(plan)
+    return len(found)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_store_that_all_ranks_need_is_put_together_once(layout: str) -> None:
+    """Keys and values, forward and backward: each of the ranks copied all of them."""
+    plan = compiled(spec_of("causal", 2, "float32"), f"{layout} > all-gather")
+    assert plan is not None
+    call = Call.of(attrs.evolve(plan.spec, ring_size=1), batch=2)
+    assert stores_made(plan, call) == 4
+
+
+@pytest.mark.parametrize("name", ["causal", "longnet", "documents"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shared_stores_change_no_bit(name: str, layout: str) -> None:
+    for strategy in (f"{layout} > all-gather", f"{layout} > rows"):
+        plan = compiled(spec_of(name, 2, "float32", layout="bshd"), strategy)
+        assert plan is not None
+        call = Call.of(attrs.evolve(plan.spec, ring_size=1), batch=2)
+        shared = call.got(plan)
+        with mock.patch.object(Stores, "take", lambda self, asked, i, make: make()):  # as on a mesh
+            alone = call.got(plan)
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(shared.items(), alone.items(), strict=True)), strategy
+
+
+def test_a_shared_store_goes_with_the_last_rank_that_takes_it() -> None:
+    asked = (0, Holding((RowMap.whole(1, 4),), 1))
+    stores = Stores([asked, (1, asked[1]), asked])
+    made = [stores.take(asked, 0, lambda: torch.zeros(4)) for _ in range(2)]
+    assert made[0] is made[1]
+    assert stores.take((1, asked[1]), 0, lambda: torch.ones(4)) is not made[0], "that of another hop"
+    assert not stores._made
+
+
+def test_a_message_to_many_is_measured_once() -> None:
+    plan = compiled(spec_of("causal", 2, "float32"), "contiguous > all-gather")
+    assert plan is not None
+    q, k, v = (torch.randn(1, h, LENGTH, 8) for h in (4, 2, 2))
+    with mock.patch.object(virtual_module, "size_of", wraps=virtual_module.size_of) as measured:
+        plan(q, k, v)
+    assert measured.call_count == 4  # of 12 messages: each rank sends its shard to three
+    assert plan.engine.bytes_sent == tuple(plan.traffic(r, batch=1).sent for r in range(4))
 
 
 # The lockstep itself.

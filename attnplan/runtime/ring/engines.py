@@ -18,7 +18,8 @@ from attnplan.runtime.ring.faults import ANSWER, Board, LostError, Report, error
 from attnplan.runtime.ring.handshake import CALL, VALIDATE, Cards, card, compare, shake_hands
 from attnplan.runtime.ring.parts import Gradients
 from attnplan.runtime.ring.real import RealTransport
-from attnplan.runtime.ring.rows import Holding, assembly
+from attnplan.runtime.ring.rows import Assembly, Holding, assembly
+from attnplan.runtime.ring.stores import Asked, Stores
 from attnplan.runtime.ring.virtual import VirtualRing
 from attnplan.runtime.scores import learned
 from attnplan.runtime.views import empty_like_rows
@@ -64,11 +65,14 @@ class VirtualEngine:
         self.ranks = ranks
         self._whole = [Holding((RowMap.whole(h, n),), h) for h, n in zip(heads, lengths, strict=True)]
         self.bytes_sent: tuple[int, ...] = (0,) * len(ranks)
+        self._asked: tuple[Asked, ...] | None = None
+        self._shards: dict[tuple[int, int], Assembly] = {}
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], keep: bool) -> Any:
         """Run every rank; see :meth:`Engine.forward`."""
+        stores = self._stores()
         routines = [
-            rank.forward(self._cut(i, 0, q), self._cut(i, 1, k), self._cut(i, 1, v), operands)
+            rank.forward(self._cut(i, 0, q), self._cut(i, 1, k), self._cut(i, 1, v), operands, stores)
             for i, rank in enumerate(self.ranks)
         ]
         results: list[Result] = self._run(routines)
@@ -92,11 +96,11 @@ class VirtualEngine:
     ) -> Gradients:
         """Run every rank; see :meth:`Engine.backward`."""
         grad, grad_lse = flow[0], None if flow[1] is None else flow[1].unsqueeze(-1)
-        routines = []
+        routines, stores = [], self._stores()
         for i, (rank, result) in enumerate(zip(self.ranks, saved, strict=True)):
             to_lse = None if grad_lse is None else self._cut(i, 0, grad_lse).squeeze(-1)
             own = (self._cut(i, 1, k), self._cut(i, 1, v))
-            routines.append(rank.backward(self._cut(i, 0, grad), to_lse, result, *own, operands, names))
+            routines.append(rank.backward(self._cut(i, 0, grad), to_lse, result, *own, operands, names, stores))
         found: list[Gradients] = self._run(routines)
         dq = empty_like_rows(grad, found[0][0].shape[-1], grad.dtype)
         totals = (dq, torch.empty_like(k), torch.empty_like(v))
@@ -120,15 +124,26 @@ class VirtualEngine:
         self.bytes_sent = tuple(ring.bytes_sent)
         return results
 
-    def _held(self, rank: int, side: int) -> Holding:
-        return self.ranks[rank].keys if side else self.ranks[rank].queries
+    def _stores(self) -> Stores:
+        """Return what the ranks of one call share."""
+        if self._asked is None:
+            self._asked = tuple(one for rank in self.ranks for one in rank.assembled())
+        return Stores(self._asked)
+
+    def _shard(self, rank: int, side: int) -> Assembly:
+        """Return where a rank's rows of q and out, or of k and v, lie in the whole tensor."""
+        found = self._shards.get((rank, side))
+        if found is None:
+            held = self.ranks[rank].keys if side else self.ranks[rank].queries
+            found = self._shards[rank, side] = assembly(held, (self._whole[side],))
+        return found
 
     def _cut(self, rank: int, side: int, x: Tensor) -> Tensor:
-        return assembly(self._held(rank, side), (self._whole[side],)).gather([x], x)
+        return self._shard(rank, side).gather([x], x)
 
     def _join(self, side: int, parts: Sequence[Tensor], whole: Tensor) -> None:
         for i, part in enumerate(parts):
-            assembly(self._held(i, side), (self._whole[side],)).scatter(part, [whole])
+            self._shard(i, side).scatter(part, [whole])
 
 
 class RealEngine:

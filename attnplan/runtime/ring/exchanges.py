@@ -74,7 +74,7 @@ def run(routine: Routine[T], transport: Transport) -> T:
 
 def size_of(message: tuple[Tensor, ...]) -> int:
     """Return the bytes of a message."""
-    return sum(x.numel() * x.element_size() for x in message)
+    return sum(x.nbytes for x in message)
 
 
 def size_in(sizes: Sizes) -> int:

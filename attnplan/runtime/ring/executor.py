@@ -8,7 +8,7 @@ any two ranks come in the same order, also where one of them has nothing to do a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -20,6 +20,7 @@ from attnplan.runtime.ring.exchanges import Received, Routine, Sizes, Start, Wai
 from attnplan.runtime.ring.merging import Mixing, Total
 from attnplan.runtime.ring.parts import Flow, Gradients, Part
 from attnplan.runtime.ring.rows import Assembly, Holding, Maps, assembly
+from attnplan.runtime.ring.stores import Asked, Stores
 from attnplan.runtime.ring.sums import Sum
 from attnplan.runtime.views import accumulator
 from attnplan.spec import AttentionSpec
@@ -54,6 +55,7 @@ class Route:
     incoming: Mapping[int, Holding]
     peers: tuple[int, ...]
     """Who sends something, in order."""
+    _expected: dict[object, dict[int, Sizes]] = attrs.field(factory=dict, init=False)
 
     @classmethod
     def of(cls, exchange: Exchange, held: Holding) -> Route:
@@ -66,6 +68,14 @@ class Route:
             targets.setdefault(maps, []).append(peer)
         packed = tuple((assembly(outgoing[p[0]], (held,)), tuple(p)) for p in targets.values())
         return cls(packed, outgoing, incoming, tuple(sorted(incoming)))
+
+    def expected(self, tensors: Sequence[Tensor], *, home: bool = False) -> Mapping[int, Sizes]:
+        """Return what messages of tensors hold: those that arrive, or the gradients that come home, which are wide."""
+        key = (home, *((x.shape[0], x.shape[-1], x.dtype) for x in tensors))
+        if key not in self._expected:
+            held = self.outgoing if home else self.incoming
+            self._expected[key] = {peer: _sizes(one, tensors, wide=home) for peer, one in held.items()}
+        return self._expected[key]
 
     def messages(self, tensors: Sequence[Tensor]) -> dict[int, tuple[Tensor, ...]]:
         """Return what goes to each peer."""
@@ -92,8 +102,20 @@ class Rank:
         self.hops = {hop.index: (hop, part) for hop, part in zip(program.hops, parts, strict=True)}
         self.last_hop = max(self.hops, default=-1)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any]) -> Routine[Result]:
-        """Run forward on shards ``[B, H, s, D]``, ``[B, H_kv, t, D]``, ``[B, H_kv, t, Dv]``."""
+    def assembled(self) -> Iterator[Asked]:
+        """Iterate over the stores that this rank copies rows to, in a forward and again in a backward."""
+        for hop, parts in self.hops.values():
+            plan = self._store_plan(hop) if any(parts) else None
+            if plan is not None and plan.same is None and not plan.slice:
+                yield hop.index, plan.wanted
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], stores: Stores | None = None
+    ) -> Routine[Result]:
+        """Run forward on shards ``[B, H, s, D]``, ``[B, H_kv, t, D]``, ``[B, H_kv, t, Dv]``.
+
+        ``stores`` are those of all ranks of this process, where there are others.
+        """
         asked = q
         if self.program.first is not None:
             (asked,) = yield from self._moved("queries", self.program.first, (q,))
@@ -106,7 +128,7 @@ class Rank:
                 continue
             hop, parts = self.hops[h]
             if any(parts):
-                keys, values = (self._store(hop, i, x, received) for i, x in enumerate((k, v)))
+                keys, values = (self._store(hop, i, x, received, stores) for i, x in enumerate((k, v)))
                 for total, part in zip(totals, parts, strict=True):
                     if part is not None:
                         total.add(*part.forward(asked, keys, values, operands), part.rows)
@@ -128,6 +150,7 @@ class Rank:
         v: Tensor,
         operands: Mapping[str, Any],
         names: Sequence[str] = (),
+        stores: Stores | None = None,
     ) -> Routine[Gradients]:
         """Return the gradients of the shards of q, k and v, and this rank's part of those of the named operands."""
         if self.program.first is not None:
@@ -144,7 +167,9 @@ class Rank:
             if h not in self.hops:
                 continue
             hop, parts = self.hops[h]
-            returns = self._hop_backward(hop, parts, flows, saved.queries, (k, v), received, totals, operands, names)
+            returns = self._hop_backward(
+                hop, parts, flows, saved.queries, (k, v), received, totals, operands, names, stores
+            )
             if home is not None:
                 self._add_arrived(*home[1:], (yield Wait(home[0])), totals)
                 home = None
@@ -154,7 +179,7 @@ class Rank:
                     h,
                     _back(hop.exchange),
                     returns,
-                    _all_sizes(self._route(hop.exchange, self.keys).outgoing, (k, v), wide=True),
+                    self._route(hop.exchange, self.keys).expected((k, v), home=True),
                 )
                 home = (sent, hop.exchange)
         if home is not None:
@@ -175,11 +200,12 @@ class Rank:
         totals: Sequence[Sum],
         operands: Mapping[str, Any],
         names: Sequence[str],
+        stores: Stores | None,
     ) -> dict[int, Pair]:
         """Add a hop's gradients to those of this rank's rows, and return those of the rows that peers sent."""
         sums = None
         if any(parts):
-            keys, values = (self._store(hop, i, x, received) for i, x in enumerate(own))
+            keys, values = (self._store(hop, i, x, received, stores) for i, x in enumerate(own))
             sums = (Sum(keys), Sum(values))
             for flow, part in zip(flows, parts, strict=True):
                 if part is not None:
@@ -227,8 +253,7 @@ class Rank:
         if exchange is None:
             return None
         route = self._route(exchange, self.keys)
-        receives = _all_sizes(route.incoming, (k, v), wide=False)
-        handle = yield Start(KEYS, h, exchange.collective, route.messages((k, v)), receives)
+        handle = yield Start(KEYS, h, exchange.collective, route.messages((k, v)), route.expected((k, v)))
         return handle
 
     def _route(self, exchange: Exchange, held: Holding) -> Route:
@@ -247,10 +272,17 @@ class Rank:
             self._stores[hop.index] = assembly(_store_of(hop), (self.keys, *messages))
         return self._stores[hop.index]
 
-    def _store(self, hop: Hop, i: int, own: Tensor, received: Received) -> Tensor:
+    def _store(self, hop: Hop, i: int, own: Tensor, received: Received, stores: Stores | None) -> Tensor:
         """Return the keys (i = 0) or values (i = 1) that a hop's graphs attend to."""
         plan = self._store_plan(hop)
-        return own if plan is None else plan.gather([own, *(received[p][i] for p in sorted(received))], own)
+        if plan is None:
+            return own
+
+        def made() -> Tensor:
+            return plan.gather([own, *(received[p][i] for p in sorted(received))], own)
+
+        shared = stores is not None and plan.same is None and not plan.slice
+        return stores.take((hop.index, plan.wanted), i, made) if shared and stores is not None else made()
 
     def _moved(
         self, name: str, exchange: Exchange, tensors: Sequence[Tensor], *, home: bool = False
@@ -258,18 +290,12 @@ class Rank:
         """Exchange rows of queries or outputs: to the ranks that attend for them, or ``home`` again."""
         source, wanted = (self.attended, self.queries) if home else (self.queries, self.attended)
         route = self._route(exchange, source)
-        receives = _all_sizes(route.incoming, tensors, wide=False)
         handle = yield Start(
-            name, LAST if home else FIRST, exchange.collective, route.messages(tensors), receives
-        )  # fmt: skip
+            name, LAST if home else FIRST, exchange.collective, route.messages(tensors), route.expected(tensors)
+        )
         received: Received = yield Wait(handle)
         plan = assembly(wanted, (source, *(route.incoming[p] for p in route.peers)))
         return [plan.gather([x, *(received[p][i] for p in route.peers)], x) for i, x in enumerate(tensors)]
-
-
-def _all_sizes(held: Mapping[int, Holding], tensors: Sequence[Tensor], *, wide: bool) -> dict[int, Sizes]:
-    """Return what messages of tensors hold, or of their gradients, which are wide."""
-    return {peer: _sizes(one, tensors, wide=wide) for peer, one in held.items()}
 
 
 def _sizes(held: Holding, tensors: Sequence[Tensor], *, wide: bool) -> Sizes:

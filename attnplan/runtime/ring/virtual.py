@@ -9,7 +9,7 @@ import attrs
 from torch import Tensor
 
 from attnplan.errors import RingError
-from attnplan.runtime.ring.exchanges import Received, Routine, Start, Wait, size_of
+from attnplan.runtime.ring.exchanges import Received, Routine, Sizes, Start, Wait, size_of
 
 T = TypeVar("T")
 _Key = tuple[str, int, int, int]
@@ -20,6 +20,19 @@ _Key = tuple[str, int, int, int]
 class _Waiting:
     rank: int
     request: Start
+
+
+@attrs.frozen(eq=False)
+class _Parcel:
+    """A message, measured once: a rank sends the same to many."""
+
+    message: tuple[Tensor, ...]
+    sizes: Sizes
+    bytes: int
+
+    @classmethod
+    def of(cls, message: tuple[Tensor, ...]) -> _Parcel:
+        return cls(message, tuple((tuple(x.shape), x.dtype) for x in message), size_of(message))
 
 
 class VirtualRing:
@@ -46,7 +59,7 @@ class VirtualRing:
         RingError
             If a message has another size than its receiver expects, is never sent, or is never received.
         """
-        mail: dict[_Key, tuple[Tensor, ...]] = {}
+        mail: dict[_Key, _Parcel] = {}
         results: dict[int, T] = {}
         waits: dict[int, _Waiting | None] = dict.fromkeys(range(self.ranks))
         while len(results) < self.ranks:
@@ -68,19 +81,23 @@ class VirtualRing:
             raise RingError(f"rank {receiver} never received the {name} that rank {sender} sent it at hop {hop}")
         return [results[rank] for rank in range(self.ranks)]
 
-    def _advance(self, rank: int, routine: Routine[T], answer: Any, mail: dict[_Key, tuple[Tensor, ...]]) -> _Waiting:
+    def _advance(self, rank: int, routine: Routine[T], answer: Any, mail: dict[_Key, _Parcel]) -> _Waiting:
         """Run a routine up to its next wait."""
         while True:
             request = routine.send(answer)
             if isinstance(request, Wait):
                 assert isinstance(request.handle, _Waiting)
                 return request.handle
+            parcels: dict[int, _Parcel] = {}  # by the identity of messages, which the request keeps alive
             for peer, message in request.sends.items():
                 key = (request.name, request.hop, rank, peer)
                 if key in mail:
                     raise RingError(f"rank {rank} sends rank {peer} its {request.name} twice at hop {request.hop}")
-                mail[key] = message
-                self.bytes_sent[rank] += size_of(message)
+                parcel = parcels.get(id(message))
+                if parcel is None:
+                    parcel = parcels[id(message)] = _Parcel.of(message)
+                mail[key] = parcel
+                self.bytes_sent[rank] += parcel.bytes
             answer = _Waiting(rank, request)
 
     @staticmethod
@@ -88,25 +105,24 @@ class VirtualRing:
         request = waiting.request
         return {peer: (request.name, request.hop, peer, waiting.rank) for peer in request.receives}
 
-    def _is_there(self, waiting: _Waiting, mail: dict[_Key, tuple[Tensor, ...]]) -> bool:
+    def _is_there(self, waiting: _Waiting, mail: dict[_Key, _Parcel]) -> bool:
         return all(key in mail for key in self._keys(waiting).values())
 
-    def _deliver(self, waiting: _Waiting, mail: dict[_Key, tuple[Tensor, ...]]) -> Received:
+    def _deliver(self, waiting: _Waiting, mail: dict[_Key, _Parcel]) -> Received:
         found = {}
         for peer, key in self._keys(waiting).items():
-            message = mail.pop(key)
-            got = tuple((tuple(x.shape), x.dtype) for x in message)
+            parcel = mail.pop(key)
             wanted = waiting.request.receives[peer]
-            if got != wanted:
+            if parcel.sizes != wanted:
                 raise RingError(
-                    f"rank {peer} sent rank {waiting.rank} {_shown(got)} as {key[0]} at hop {key[1]}, "
+                    f"rank {peer} sent rank {waiting.rank} {_shown(parcel.sizes)} as {key[0]} at hop {key[1]}, "
                     f"{_shown(wanted)} was expected"
                 )
-            self.bytes_received[waiting.rank] += size_of(message)
-            found[peer] = message
+            self.bytes_received[waiting.rank] += parcel.bytes
+            found[peer] = parcel.message
         return found
 
-    def _stuck(self, waits: dict[int, _Waiting | None], mail: dict[_Key, tuple[Tensor, ...]]) -> RingError:
+    def _stuck(self, waits: dict[int, _Waiting | None], mail: dict[_Key, _Parcel]) -> RingError:
         for rank, waiting in waits.items():
             if waiting is None:
                 continue
