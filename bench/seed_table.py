@@ -1,11 +1,16 @@
 """The seed library's memory table, measured again: working memory and time of its two ring classes.
 
     python -m bench.seed_table --json bench/results/seed-table-cpu.json
+    python -m bench.seed_table --json bench/results/seed-table-cpu.json --only planned gathered
     python -m bench.seed_table --gpu --json bench/results/seed-table-h100.json --budget 120
 
 Rows: 8,192 tokens at ring sizes 1, 2, 4, 8, 16 and 4,096 tokens at ring size 16, on a kernel that materialises scores
-and on the kernels that the planner chooses. Beside each row stand the seed's own figures where it gave some. What a
-ring saves on one device is the scores of a kernel that materialises them; q, k, v and the output stay whole.
+and on the kernels that the planner chooses; with these also on the transport that starts the fewest of them. Beside
+each row stand the seed's own figures where it gave some. What a ring saves on one device is the scores of a kernel that
+materialises them; q, k, v and the output stay whole.
+
+Each ring is timed in turns with ring size 1, and with its own kernels called by hand on the very tensors that the ring
+called them with: kernels have shorter blocks for few queries, and that part of a ring's time is none of ours.
 """
 
 from __future__ import annotations
@@ -15,13 +20,14 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnplan
 from attnplan import AttentionSpec
@@ -46,8 +52,9 @@ SEED: dict[tuple[str, int, int], dict[str, float]] = {
 """The seed's report of 2025-06-27 on a GTX 1080: milliseconds, megabytes, percentage saved. It gave no others."""
 HEAD_DIM = 64
 TRANSPORT = "contiguous > all-gather"
-"""How a ring on a GPU materialises scores: as many launches as ranks. What a planner chooses for ranks on devices of
-their own starts the square of that, one after the other where there is one device."""
+"""As many launches as ranks: how a ring on a GPU materialises scores, and how ``"gathered"`` rows run. What a planner
+chooses for ranks on devices of their own may start the square of that, one after the other on one device."""
+KERNELS = ("materialising", "planned", "gathered")
 CELL_LIMIT = 60.0
 """Seconds that a cell may take, planning included."""
 SEGMENTS, RATES = [1024, 2048, 4096], [1, 2, 4]
@@ -61,7 +68,38 @@ class Row:
     tokens: int
     ring: int
     kernel: str
-    """``"materialising"`` or ``"planned"``."""
+    """``"materialising"``, ``"planned"``, or ``"gathered"``: the planned kernels on :data:`TRANSPORT`."""
+
+
+class ByHand(TorchDispatchMode):
+    """The attention kernels of torch that run inside of it, to be called again with the same tensors.
+
+    Examples
+    --------
+    >>> q = torch.zeros(1, 1, 16, 8)
+    >>> with torch.no_grad(), ByHand() as kernels:
+    ...     out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    >>> len(kernels.calls)
+    1
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Note a call of an attention kernel."""
+        if "attention" in str(func):
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def run(self) -> None:
+        """Call the kernels again, in the same order."""
+        with torch.no_grad():
+            for func, args, kwargs in self.calls:
+                func(*args, **kwargs)
 
 
 def rows() -> Iterator[Row]:
@@ -70,6 +108,9 @@ def rows() -> Iterator[Row]:
         for name in ("RingAttentionCorrectV2", "RingDilatedAttentionV2"):
             for tokens, ring in ROWS:
                 yield Row(name, tokens, ring, kernel)
+    for tokens, ring in ROWS:
+        if ring > 1:
+            yield Row("RingAttentionCorrectV2", tokens, ring, "gathered")
 
 
 def pattern(one: Row, heads: int) -> Any:
@@ -91,7 +132,7 @@ def plan_of(one: Row, device: str, dtype: str, heads: int) -> Plan:
         softcap=1e6 if one.kernel == "materialising" else None,  # far above any score: no fused kernel of torch has it
         ring_size=one.ring,
     )
-    gathers = one.kernel == "materialising" and one.ring > 1 and device != "cpu"
+    gathers = one.kernel == "gathered" or (one.kernel == "materialising" and one.ring > 1 and device != "cpu")
     plan = attnplan.compile(spec, device=device, strategy=TRANSPORT if gathers else "auto")
     if one.kernel == "materialising" and "math" not in str(getattr(plan, "schedule", "math")):
         raise AttnPlanError(f"the planner chose {plan}, which materialises nothing")
@@ -99,7 +140,7 @@ def plan_of(one: Row, device: str, dtype: str, heads: int) -> Plan:
 
 
 def cell(one: Row, device: str, dtype: str, heads: int, rounds: int) -> dict[str, Any]:
-    """Measure one cell."""
+    """Measure one cell; flash kernels, which are short, in three times as many rounds."""
     found: dict[str, Any] = {**attrs.asdict(one), "device": device, "seed": SEED.get((one.name, one.tokens, one.ring))}
     plan = plan_of(one, device, dtype, heads)
     torch.manual_seed(0)
@@ -111,7 +152,19 @@ def cell(one: Row, device: str, dtype: str, heads: int, rounds: int) -> dict[str
 
     run()  # masks and tables that stay, and compilation
     peak = measured(run, device)
-    times = seconds(run, device, rounds)
+    with ByHand() as kernels:
+        run()
+    turns = {"seconds": run}
+    if kernels.calls:
+        turns["kernels"] = kernels.run
+    if one.ring > 1:
+        alone = plan_of(attrs.evolve(one, ring=1, kernel=_same(one.kernel)), device, dtype, heads)
+        turns["ring_1"] = lambda: alone(q, k, v)
+        alone(q, k, v)
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    for _ in range(rounds if one.kernel == "materialising" else 3 * rounds):
+        for name, call in turns.items():
+            times[name] += seconds(call, device, 1)
     return {
         **found,
         "choice": repr(plan),
@@ -119,19 +172,28 @@ def cell(one: Row, device: str, dtype: str, heads: int, rounds: int) -> dict[str
         "reserved": peak.reserved,
         "inputs_and_output": 4 * q.numel() * q.element_size(),
         "predicted": plan.predicted.peak_bytes,
-        "seconds": statistics.median(times),
-        "fastest": min(times),
+        "launches": len(kernels.calls),
+        **{name: statistics.median(each) for name, each in times.items()},
+        **{("fastest" if name == "seconds" else f"{name}_fastest"): min(each) for name, each in times.items()},
     }
+
+
+def _same(kernel: str) -> str:
+    """Return what ring size 1 runs on, which gathers nothing."""
+    return "planned" if kernel == "gathered" else kernel
 
 
 def compared(found: list[dict[str, Any]]) -> None:
     """Add to each row the working memory and time as shares of those at ring size 1."""
     first = {(r["name"], r["tokens"], r["kernel"]): r for r in found if r.get("ring") == 1 and "working" in r}
     for r in found:
-        base = first.get((r["name"], r["tokens"], r["kernel"]))
+        base = first.get((r["name"], r["tokens"], _same(r["kernel"])))
         if base is not None and "working" in r:
             r["working_share"] = r["working"] / base["working"] if base["working"] else None
-            r["time_share"] = r["seconds"] / base["seconds"]
+            alone = r.get("ring_1", base["seconds"])  # of the same turns
+            r["time_share"] = r["seconds"] / alone
+            if "kernels" in r:
+                r["kernels_share"] = r["kernels"] / alone
 
 
 def line(r: dict[str, Any]) -> str:
@@ -143,19 +205,28 @@ def line(r: dict[str, Any]) -> str:
     theirs = "  ".join(f"{seed[k]:g} {k}" if k != "saved" else f"{seed[k]:g} % saved" for k in seed)
     share = "" if r.get("working_share") is None else f"{100 * (1 - r['working_share']):6.1f} % saved"
     working, beside = r["working"] / MB, r["inputs_and_output"] / MB
+    kernels = "" if "kernels" not in r else f" ({r['launches']} kernels alone {1e3 * r['kernels']:.2f})"
     return (
-        f"{head}{1e3 * r['seconds']:>10.2f} ms  {working:>9.1f} MB beside {beside:.1f} MB"
+        f"{head}{1e3 * r['seconds']:>10.2f} ms{kernels}  {working:>9.1f} MB beside {beside:.1f} MB"
         f"  {share:>14}   seed: {theirs or '-'}"
     )
 
 
 def measure(
-    device: str, dtype: str, heads: int, budget: float, rounds: int, write: Callable[[list[dict[str, Any]]], None]
+    device: str,
+    dtype: str,
+    heads: int,
+    budget: float,
+    rounds: int,
+    write: Callable[[list[dict[str, Any]]], None],
+    kept: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
-    """Measure every cell while there is time; a refusal is a row, too."""
+    """Measure every cell while there is time, except those of the kernels of ``kept`` rows; a refusal is a row, too."""
     warm_up(device)
-    start, found = time.perf_counter(), list[dict[str, Any]]()
+    start, found = time.perf_counter(), list(kept)
     for one in rows():
+        if one.kernel in {r["kernel"] for r in kept}:
+            continue
         plain = {**attrs.asdict(one), "seed": SEED.get((one.name, one.tokens, one.ring))}
         if time.perf_counter() - start > budget:
             found.append({**plain, "skipped": f"the {budget:.0f} s are over"})
@@ -180,7 +251,11 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=600.0, help="seconds")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--heads", type=int, help="32 on CUDA, 1 on the CPU")
+    parser.add_argument("--only", nargs="+", choices=KERNELS, help="keep the file's rows of the other kernels")
     options = parser.parse_args()
+    kept = []
+    if options.only:
+        kept = [r for r in json.loads(options.json.read_text())["rows"] if r["kernel"] not in options.only]
     from attnplan.harness import environment
 
     def write(found: list[dict[str, Any]]) -> None:
@@ -188,7 +263,8 @@ def main() -> None:
             options.json.write_text(json.dumps({"environment": environment(), "rows": found}, indent=1) + "\n")
 
     device, dtype = ("cuda", "bfloat16") if options.gpu else ("cpu", "float32")
-    found = measure(device, dtype, options.heads or (32 if options.gpu else 1), options.budget, options.rounds, write)
+    heads = options.heads or (32 if options.gpu else 1)
+    found = measure(device, dtype, heads, options.budget, options.rounds, write, kept)
     write(found)
     top = max((r["working"] for r in found if "working" in r), default=0)
     print(f"largest working memory {format_bytes(top)}")
