@@ -9,12 +9,13 @@ from attnplan.cost.allocated import Memory, larger, rounded
 from attnplan.cost.batches import batch_memory, lookup_bytes, table_bytes
 from attnplan.cost.buffers import bias_bytes, bias_total, looked_up, mask_elements, mask_spread
 from attnplan.cost.chunked import chunk_bytes, runs_chunks
+from attnplan.cost.conditions import predicate_bytes
 from attnplan.cost.joins import base, pull_of
 from attnplan.cost.placed import whole_of
 from attnplan.cost.rules import with_tiles
 from attnplan.cost.setting import Setting, value_bytes
 from attnplan.cost.workspaces import block_bytes, forward_workspace, needs
-from attnplan.ir import Attend, Graph, Merge, Mix, Node, Output, Take
+from attnplan.ir import Attend, Graph, Merge, Mix, Node, Output, RowMap, Take
 from attnplan.ir.launch import launches
 from attnplan.ir.native import lowered
 from attnplan.ir.ops import disjoint
@@ -173,19 +174,28 @@ class Live:
         made = pairs if self.plain else pairs * (1 + self.item)  # its complement, and what is added to scores
         if op.biases or op.loop is not None:  # what is added is the bias, which is counted as such
             made = pairs
-        each = 34 if self.kind == "cpu" and looked_up(op.where) else 2  # two conditions before they are joined
         if self.kind == "cuda" and not self.plain and not op.biases and op.loop is None:
             whole = mask_spread(op, q, k, self.setting.spec)
             return pairs, whole * (1 + self.item) if whole else pairs * self.item
-        return pairs, max(made, each * pairs - self._workspace(node))
+        return pairs, max(made, self._asking(op, q, k, pairs) - pairs - self._workspace(node))
+
+    def _asking(self, op: Attend, q: RowMap, k: RowMap, pairs: int) -> int:
+        """Return the bytes that are alive while a mask is made, itself included, before its kernel runs."""
+        counted = None if op.shift is None else predicate_bytes(op.where, *mask_rows(op, q, k), self.setting.spec.shape)
+        if counted is not None:
+            return counted
+        each = 34 if self.kind == "cpu" and looked_up(op.where) else 2  # two conditions before they are joined
+        return (1 + each) * pairs
 
     def _building(self, node: Node) -> int:
-        """Return the bytes of a mask's complement and of what is added to scores, before the kernel runs, on CUDA."""
+        """Return the bytes beside a mask while it is made, and made into what is added to scores, on CUDA."""
         op = node.op
         assert isinstance(op, Attend)
         kept, made = self.conditions[node.id]
-        apart = self.kind == "cuda" and not (self.plain or op.biases or op.loop)
-        return made + max(kept, made // (1 + self.item)) if apart and made else 0
+        if self.kind != "cuda" or self.plain or op.biases or op.loop or not made:
+            return 0
+        q, k = (self.graph[a].type.rows for a in node.args[:2])
+        return max(made + max(kept, made // (1 + self.item)), self._asking(op, q, k, kept) - kept)
 
     def _workspace(self, node: Node, launched: bool = False) -> int:
         """Return the bytes that the kernel allocates in the forward, or the scores of plain torch."""
