@@ -227,7 +227,7 @@ def _compile_ring(
     plan = _plans.get(key)
     if plan is None:
         ranks = sizes[0] if len(sizes) == 1 else (sizes[0], sizes[1])
-        found = search_ring(spec, target, ranks, pins, deterministic=deterministic)
+        found = search_ring(spec, target, ranks, pins, deterministic=deterministic, virtual=mesh is None)
         plan = _plans.put(key, RingPlan(spec, target, found, mesh, pins, fingerprint()))
     assert isinstance(plan, RingPlan)
     return plan

@@ -38,6 +38,7 @@ def facts(plan: RingPlan) -> dict[str, Any]:
             "basis": "data sheet",
             "work": "forward and backward" if spec.training else "forward",
             "rank": slowest.rank,
+            "whole_peak_bytes": None if plan.mesh is not None else plan.predicted.peak_bytes,
         },
         "does": _share(spec),
         "hops": hop_facts(slowest),
@@ -58,9 +59,11 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"           {spec['shape']}"
     yield f"device     {choice['ranks']} x {device['title']}{here}, {choice['where']}"
     yield f"choice     {choice['name']} > {choice['backend']} ({choice['schedule']})"
+    whole = choice["whole_peak_bytes"]
     yield (
         f"predicted  {format_seconds(choice['seconds'])} {choice['work']} ({choice['basis']})    peak "
         f"{format_bytes(choice['peak_bytes'])} a rank beside its inputs and output"
+        + ("" if whole is None else f", {format_bytes(whole)} of all ranks here")
     )
     yield from moved(choice)
     pairs = "" if does["pairs"] is None else f"{format_count(does['pairs'])} pairs, "

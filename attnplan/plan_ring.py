@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from attnplan.backends.base import import_failure
 from attnplan.calls import check_operand_names, require_here
 from attnplan.cost import Target
-from attnplan.errors import NoBackendError, RingError, SpecError, did_you_mean
+from attnplan.errors import RingError, SpecError, did_you_mean
 from attnplan.ir import Attend, Graph
 from attnplan.passes import PullMerge
 from attnplan.plan import Plan
 from attnplan.ring.build import programs, rank_graph
 from attnplan.ring.program import ITEM_BYTES, RankProgram, Traffic, traffic
-from attnplan.search_ring import FoundRing, RingPrediction, Runner, without_sinks
+from attnplan.search_ring import FoundRing, RingPrediction, Runner, runner_of, whole_peak, without_sinks
 from attnplan.sharding import Sharded
 from attnplan.spec import AttentionSpec
 
@@ -51,7 +51,8 @@ class RingPlan(Sharded, Plan):
     candidates : tuple of attnplan.ring.choose.RingCandidate
         Every layout and transport: priced, or refused with the reason.
     predicted : RingPrediction
-        ``seconds`` and ``peak_bytes`` of one call, on the slowest rank.
+        ``seconds`` of one call on the slowest rank; ``peak_bytes`` of this process, which for a virtual ring holds what
+        all ranks do; ``rank_peak_bytes`` of the rank that needs the most.
     mesh : torch.distributed.DeviceMesh or None
         The processes; None for a virtual ring.
 
@@ -75,6 +76,7 @@ class RingPlan(Sharded, Plan):
             self.candidate.seconds,
             self.candidate.peak_bytes,
             found.runners[0].schedule.compiles_for(spec.training),
+            self._whole_peak if mesh is None else None,
         )
         self.runners, self.refused = found.runners, found.refused
         self.backend, self.schedule = found.runners[0].backend.name, found.runners[0].schedule.name
@@ -332,14 +334,11 @@ class RingPlan(Sharded, Plan):
             graph = pulled
         return runner, runner.backend.emit(graph, self.core, runner.schedule, device)
 
+    def _whole_peak(self) -> int:
+        return whole_peak(self.core, self.candidate, self.runners, self.device)
+
     def _runner(self, graph: Graph) -> Runner:
-        reasons = []
-        for runner in self.runners:
-            why = runner.backend.refuse(graph, self.core, runner.schedule, self.device)
-            if not why:
-                return runner
-            reasons.append(f"  {runner.name}: {'; '.join(why)}")
-        raise NoBackendError(f"no backend runs this graph of {self.strategy}:\n" + "\n".join(reasons) + f"\n{graph}")
+        return runner_of(graph, self.core, self.runners, self.device)
 
     @property
     def source(self) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import attrs
@@ -11,9 +12,11 @@ from attnplan.backends import Backend, Schedule, registry
 from attnplan.cost import Device, Target, resolve
 from attnplan.errors import MemoryBudgetError, NoBackendError, SpecError, did_you_mean
 from attnplan.ir import Graph
+from attnplan.ring.build import programs
 from attnplan.ring.choose import RingCandidate, choose
 from attnplan.ring.layouts import LAYOUTS
 from attnplan.ring.price import Kernel
+from attnplan.ring.room import Room, room_of
 from attnplan.ring.transports import TRANSPORTS
 from attnplan.spec import AttentionSpec
 from attnplan.units import format_bytes
@@ -32,16 +35,26 @@ class Runner:
         return f"{self.backend.name} ({self.schedule.name})"
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class RingPrediction:
     """What a call is expected to take."""
 
     seconds: float
     """Time of the slowest rank: forward, or forward and backward if the spec says ``training``."""
-    peak_bytes: int
-    """Memory beside inputs and output of the rank that needs the most."""
+    rank_peak_bytes: int
+    """Memory beside inputs and output of the rank that needs the most, were each rank on a device of its own."""
     compile_seconds: float = 0.0
     """Seconds for which the first call compiles, once; no part of :attr:`seconds`."""
+    _whole: Callable[[], int] | None = None
+    """Counts what all ranks hold in one process; None where each has its own."""
+
+    @cached_property
+    def peak_bytes(self) -> int:
+        """Memory that a call takes in this process, beside what it is given and returns.
+
+        On a mesh that is :attr:`rank_peak_bytes`; of a virtual ring, all that its ranks hold at once.
+        """
+        return self.rank_peak_bytes if self._whole is None else self._whole()
 
 
 @attrs.frozen
@@ -62,13 +75,16 @@ def search_ring(
     pins: Mapping[str, Any],
     *,
     deterministic: bool = False,
+    virtual: bool = False,
 ) -> FoundRing:
     """Choose layout, transport and kernels for a spec over some ranks; ``pins`` are those of :class:`Plan`.
+
+    With ``virtual`` all ranks are in one process, and a budget is for what they hold together.
 
     Raises
     ------
     MemoryBudgetError
-        If no rank's part fits the budget.
+        If no rank's part fits the budget, or of a virtual ring not all parts together.
     SpecError
         If the backend or the strategy is unknown.
     NoBackendError
@@ -83,11 +99,13 @@ def search_ring(
         lines = "\n".join(f"  {name}: {'; '.join(reasons)}" for name, reasons in refused)
         raise NoBackendError(f"no backend can run a ring on {target.device.name}:\n{lines}")
     kernels = [_kernel(r, spec, target.device) for r in accepted]
-    found = _within(choose(spec, ranks, target.device, layout, transport, kernels), target, pins["max_memory"])
-    most = _most_used(found[0])
-    first = [r for r in accepted if r.name == most]
-    rest = [r for r in accepted if r.name != most]
-    return FoundRing(found, (*first, *rest), tuple(refused))
+
+    def whole(one: RingCandidate) -> int:
+        return whole_peak(spec, one, _ordered(one, accepted), target.device)
+
+    priced = choose(spec, ranks, target.device, layout, transport, kernels)
+    found = _within(priced, target, pins["max_memory"], whole if virtual else None)
+    return FoundRing(found, _ordered(found[0], accepted), tuple(refused))
 
 
 def without_sinks(spec: AttentionSpec) -> AttentionSpec:
@@ -122,25 +140,80 @@ def split_strategy(strategy: str) -> tuple[str, str]:
     )
 
 
-def _within(candidates: tuple[RingCandidate, ...], target: Target, max_memory: int | None) -> tuple[RingCandidate, ...]:
-    """Return the candidates with those refused that need more than there is."""
+def _within(
+    candidates: tuple[RingCandidate, ...],
+    target: Target,
+    max_memory: int | None,
+    whole: Callable[[RingCandidate], int] | None,
+) -> tuple[RingCandidate, ...]:
+    """Return the candidates with those refused that need more than there is, up to the first that fits.
+
+    ``whole`` counts what all ranks of a virtual ring hold at once; it takes a while.
+    """
     budget = target.device.memory if max_memory is None else max_memory
     limit = f"the device's {format_bytes(budget)}" if max_memory is None else f"max_memory={format_bytes(budget)}"
+    where = "a rank needs" if whole is None else "all ranks here need"
 
     def judged(one: RingCandidate) -> RingCandidate:
-        if one.refused or one.peak_bytes <= budget:
+        need = one.peak_bytes
+        if whole is not None and need <= budget and (max_memory is not None or _is_near(one, budget)):
+            need = whole(one)
+        if need <= budget:
             return one
-        need = format_bytes(one.peak_bytes)
-        return attrs.evolve(one, refused=f"a rank needs {need} beside its inputs and output, more than {limit}")
+        return attrs.evolve(one, refused=f"{where} {format_bytes(need)} beside inputs and output, more than {limit}")
 
-    found = sorted(map(judged, candidates), key=lambda c: bool(c.refused))
-    if found[0].refused:
-        least = min((c for c in candidates if not c.refused), key=lambda c: c.peak_bytes)
-        raise MemoryBudgetError(
-            f"the smallest ring, {least.name}, needs {format_bytes(least.peak_bytes)} on a rank beside its inputs and "
-            f"output, more than {limit}; try more ranks, or max_memory='{-(-least.peak_bytes // 2**10)} KiB'"
-        )
-    return tuple(found)
+    found = list(candidates)
+    for i, one in enumerate(candidates):
+        if not one.refused:
+            found[i] = judged(one)
+            if not found[i].refused:
+                return tuple(sorted(found, key=lambda c: bool(c.refused)))
+    least = min((c for c in candidates if not c.refused), key=lambda c: c.peak_bytes)
+    need = least.peak_bytes if whole is None else whole(least)
+    held = "on a rank beside its" if whole is None else "for all ranks beside"
+    raise MemoryBudgetError(
+        f"the smallest ring, {least.name}, needs {format_bytes(need)} {held} inputs and output, more than {limit}; "
+        f"try more ranks, or max_memory='{-(-need // 2**10)} KiB'"
+    )
+
+
+def _is_near(one: RingCandidate, budget: int) -> bool:
+    """Return whether all ranks of a candidate may need more than there is: copies of their rows come on top."""
+    return 8 * one.peak_bytes * one.ring * one.ulysses > budget
+
+
+def whole_peak(spec: AttentionSpec, one: RingCandidate, runners: Sequence[Runner], device: Device) -> int:
+    """Return the bytes that all ranks of a virtual ring hold at once, beside inputs and output of a call."""
+    from attnplan.runtime.ring.peak import virtual_peak
+
+    def room(graph: Graph) -> Room:
+        return room_of(graph, spec, runner_of(graph, spec, runners, device).schedule.priced, device.kind)
+
+    shape = (one.ring, one.ulysses) if one.transport == "hybrid" else one.ring * one.ulysses
+    return virtual_peak(programs(spec, shape, one.layout, one.transport), spec, room, device.kind)
+
+
+def runner_of(graph: Graph, spec: AttentionSpec, runners: Sequence[Runner], device: Device) -> Runner:
+    """Return the first runner that takes a graph.
+
+    Raises
+    ------
+    NoBackendError
+        If none does.
+    """
+    reasons = []
+    for runner in runners:
+        why = runner.backend.refuse(graph, spec, runner.schedule, device)
+        if not why:
+            return runner
+        reasons.append(f"  {runner.name}: {'; '.join(why)}")
+    raise NoBackendError("no backend runs this graph of a ring:\n" + "\n".join(reasons) + f"\n{graph}")
+
+
+def _ordered(candidate: RingCandidate, accepted: Sequence[Runner]) -> tuple[Runner, ...]:
+    """Return the runners, the one first that runs most of a candidate."""
+    most = _most_used(candidate)
+    return tuple(sorted(accepted, key=lambda r: r.name != most))
 
 
 def _runners(

@@ -48,6 +48,12 @@ class Program(Live):
         backward = self._backward() + Memory(workspace=self.all_masks, saved=saved)
         return larger(computed, backward.beside(0 if self.placed else self.gradient_bytes))
 
+    def of_piece(self) -> Memory:
+        """Return the peak of the backward of one attend that is given output and LSE, and returns its own gradients."""
+        ((node, op),) = self.graph.of(Attend)
+        own = sum(self._gradients_of(node))
+        return (self._attend_backward(node, op, [node]) + Memory(workspace=self.all_masks)).beside(own)
+
     def _lse(self) -> int:
         return self.rows * self.setting.batch * self.acc if self.result.type.lse else 0
 
