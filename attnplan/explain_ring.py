@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnplan.explain import _shape_line, _share, title
 from attnplan.explain_tables import hop_table, moved, ring_candidates
-from attnplan.ring.choose import candidate_facts
+from attnplan.ring.choose import ALL_RANKS, candidate_facts
 from attnplan.ring.price import hop_facts
 from attnplan.units import format_bytes, format_count, format_seconds
 
@@ -38,7 +38,7 @@ def facts(plan: RingPlan) -> dict[str, Any]:
             "basis": "data sheet",
             "work": "forward and backward" if spec.training else "forward",
             "rank": slowest.rank,
-            "whole_peak_bytes": None if plan.mesh is not None else plan.predicted.peak_bytes,
+            "whole_peak_bytes": plan.predicted.peak_bytes if plan.mesh is None and plan.ranks <= ALL_RANKS else None,
         },
         "does": _share(spec),
         "hops": hop_facts(slowest),

@@ -104,7 +104,8 @@ def search_ring(
         return whole_peak(spec, one, _ordered(one, accepted), target.device)
 
     priced = choose(spec, ranks, target.device, layout, transport, kernels)
-    found = _within(priced, target, pins["max_memory"], whole if virtual else None)
+    together = virtual and pins["max_memory"] is not None
+    found = _within(priced, target, pins["max_memory"], whole if together else None)
     return FoundRing(found, _ordered(found[0], accepted), tuple(refused))
 
 
@@ -148,38 +149,29 @@ def _within(
 ) -> tuple[RingCandidate, ...]:
     """Return the candidates with those refused that need more than there is, up to the first that fits.
 
-    ``whole`` counts what all ranks of a virtual ring hold at once; it takes a while.
+    ``whole`` counts what all ranks of a virtual ring hold at once. That takes a while, and is asked for a budget of the
+    caller's only: a plan for a device may be looked at for what a mesh of such devices would do.
     """
     budget = target.device.memory if max_memory is None else max_memory
     limit = f"the device's {format_bytes(budget)}" if max_memory is None else f"max_memory={format_bytes(budget)}"
-    where = "a rank needs" if whole is None else "all ranks here need"
 
-    def judged(one: RingCandidate) -> RingCandidate:
-        need = one.peak_bytes
-        if whole is not None and need <= budget and (max_memory is not None or _is_near(one, budget)):
-            need = whole(one)
-        if need <= budget:
+    def judged(one: RingCandidate, need: int, who: str) -> RingCandidate:
+        if one.refused or need <= budget:
             return one
-        return attrs.evolve(one, refused=f"{where} {format_bytes(need)} beside inputs and output, more than {limit}")
+        return attrs.evolve(one, refused=f"{who} {format_bytes(need)} beside inputs and output, more than {limit}")
 
-    found = list(candidates)
-    for i, one in enumerate(candidates):
-        if not one.refused:
-            found[i] = judged(one)
-            if not found[i].refused:
-                return tuple(sorted(found, key=lambda c: bool(c.refused)))
+    found = [judged(one, one.peak_bytes, "a rank needs") for one in candidates]
+    for i, one in enumerate(found):
+        if whole is not None and not one.refused:
+            found[i] = judged(one, whole(one), "all ranks here need")
+        if not found[i].refused:
+            return tuple(sorted(found, key=lambda c: bool(c.refused)))
     least = min((c for c in candidates if not c.refused), key=lambda c: c.peak_bytes)
-    need = least.peak_bytes if whole is None else whole(least)
-    held = "on a rank beside its" if whole is None else "for all ranks beside"
+    need, held = (least.peak_bytes, "on a rank") if whole is None else (whole(least), "for all ranks")
     raise MemoryBudgetError(
-        f"the smallest ring, {least.name}, needs {format_bytes(need)} {held} inputs and output, more than {limit}; "
-        f"try more ranks, or max_memory='{-(-need // 2**10)} KiB'"
+        f"the smallest ring, {least.name}, needs {format_bytes(need)} {held} beside inputs and output, more than "
+        f"{limit}; try more ranks, or max_memory='{-(-need // 2**10)} KiB'"
     )
-
-
-def _is_near(one: RingCandidate, budget: int) -> bool:
-    """Return whether all ranks of a candidate may need more than there is: copies of their rows come on top."""
-    return 8 * one.peak_bytes * one.ring * one.ulysses > budget
 
 
 def whole_peak(spec: AttentionSpec, one: RingCandidate, runners: Sequence[Runner], device: Device) -> int:
