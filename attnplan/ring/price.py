@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from itertools import pairwise
 
 import attrs
 
@@ -22,9 +21,10 @@ from attnplan.passes.ring import Local, hop_graph
 from attnplan.passes.ring_cut import Part
 from attnplan.patterns.indicators import indicator
 from attnplan.patterns.sums import Point
-from attnplan.ring.handling import AT_ONCE, OPERATORS, Rows, backward_bytes, forward_bytes, merge_bytes, spread_bytes
+from attnplan.ring.handling import OPERATORS, Rows, backward_bytes, forward_bytes, merge_bytes, spread_bytes
 from attnplan.ring.mesh import Mesh
 from attnplan.ring.program import ITEM_BYTES
+from attnplan.ring.rank_peak import rank_peak
 from attnplan.ring.transports import COLLECTIVES, LocalHop, LocalPlan, Setting, lowered
 from attnplan.spec import AttentionSpec
 
@@ -164,7 +164,7 @@ class Pricer:
             forward_bytes=sum(h.bytes * self._times(plan, h) for h in hops) + spread[0],
             backward_bytes=sum(self._again(h) * self._times(plan, h) for h in hops) + spread[1],
             pairs=sum(h.pairs * self._times(plan, h) for h in hops),
-            peak_bytes=self._peak(plan),
+            peak_bytes=rank_peak(setting, plan, self.device.kind, lambda h: self._compute(plan, h).peak),
         )
 
     def _times(self, plan: LocalPlan, hop: HopCost) -> int:
@@ -259,7 +259,7 @@ class Pricer:
             each = (_device_and_host(forward, self.device), _device_and_host(both, self.device))
             backward, host = (b - a for a, b in zip(*each, strict=True))
             self._seconds[key] = _Compute(
-                each[0][0], backward, (each[0][1], host), kernel.name, attended, forward.peak_bytes
+                each[0][0], backward, (each[0][1], host), kernel.name, attended, both.peak_bytes
             )
         return self._seconds[key]
 
@@ -338,22 +338,6 @@ class Pricer:
         moving = [c + home[i] for i, c in enumerate(comm)]
         busy = pipelined_seconds([h.backward for h in hops], moving, slows) + home[-1]
         return total + spread + lead + max(busy, sum(h.host_backward for h in hops))
-
-    def _peak(self, plan: LocalPlan) -> int:
-        """Return the bytes of two stores, what a hop needs inside, parts that wait for the merge, and sums."""
-        each, item, spec = self._row_bytes(), ITEM_BYTES[self.spec.dtype], self.spec
-        wide, rows = max(4, item), spec.batch * sum(m.elements_count for m in plan.ring.query_maps())
-        hops = [h for h in plan.hops if h.parts.parts]
-        stores = [0 if h.parts.own else sum(m.elements_count for m in h.parts.store) * each for h in plan.hops]
-        pairs = [a + b for a, b in pairwise([*stores, 0])]  # none on a rank without rows
-        parts = sum(plan.every if h.parts.hop else 1 for h in hops)
-        waiting = min(parts, AT_ONCE) * rows * (spec.value_dim * item + wide)
-        running = rows * (spec.value_dim + 1) * wide if parts > AT_ONCE else 0
-        inside = max((self._compute(plan, h).peak for h in hops), default=0)
-        sums = 0
-        if spec.training:  # of the gradients of queries, and of two stores
-            sums = rows * spec.head_dim * wide + max(pairs, default=0) * wide // item
-        return max(pairs, default=0) + inside + max(waiting + running, sums)
 
 
 def _known(table: Parameters, device: Device) -> Parameters:
