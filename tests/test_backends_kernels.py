@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import attrs
 import pytest
 import torch
@@ -12,6 +14,8 @@ from attnplan.backends import flash
 from attnplan.ir.native import Lowered, lowered
 from attnplan.lower import lower
 from attnplan.plan import Plan
+from attnplan.runtime.kernels import Request
+from attnplan.runtime.kernels_all import KERNELS
 from attnplan.search import _options, every_way
 from tests import fake_kernels
 from tests.kernel_plans import H100, SPECS, packages, plan_by, plans, spec_of
@@ -33,6 +37,28 @@ def test_every_schedule_agrees_with_the_oracle(name):
         assert_agree(call.got(plan), want, 1e-11, way(plan))
         tried.add(plan.schedule)
     assert len(tried) >= 2, "at least two kernels take it"
+
+
+@pytest.mark.parametrize("key", ["flash-cuda", "xformers-flash", "fa2", "fa3"])
+def test_rows_without_a_key_are_looked_for_only_where_there_may_be_some(monkeypatch, key):
+    kernel, looked = KERNELS[key], []
+    module = sys.modules[type(kernel).__module__]
+    for function in ("empty_rows_below", "empty_rows_above"):
+        real = getattr(module, function)
+        monkeypatch.setattr(module, function, lambda x, real=real: looked.append(1) or real(x))
+    for rows, keys, times in ((40, 40, 0), (30, 40, 0), (40, 30, 2)):
+        shapes = [(2, 4, rows, 16), (2, 4, keys, 16), (2, 4, keys, 16)]
+        q, k, v = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+        asked = Request(0.25, window=(3, 0))
+        looked.clear()
+        out, lse = kernel.forward(q, k, v, asked)
+        kernel.backward(out, q, k, v, out, lse, asked)
+        assert (len(looked), bool(lse.isneginf().any())) == (times, times > 0)
+    looked.clear()
+    packed = Request(0.25, documents=torch.tensor([0, 7, 40]))
+    out, lse = kernel.forward(q, q, q, packed)
+    kernel.backward(out, q, q, q, out, lse, packed)
+    assert not looked
 
 
 NATIVE = {

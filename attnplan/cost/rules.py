@@ -161,7 +161,7 @@ def _attend(node: Node, setting: Setting) -> Cost:
         moved += (4 + shared) * sum(value_bytes(n, setting) for n in (q, k, v))
         moved += int(11 * prod(q.type.rows.sizes[:-1]) * setting.batch * rows * columns * setting.accumulator)
     pairs = work.flops / (2 * (q.type.features + v.type.features))
-    around = 4 * (work.masked and not kernel.skips) + 4 * kernel.materialises + work.around
+    around = _OF_MASKS * (work.masked and not kernel.skips) + 4 * kernel.materialises + work.around
     return Cost(
         flops=work.flops,
         exps=pairs,
@@ -181,8 +181,9 @@ def _steps(op: Attend, rows: int, columns: int) -> int:
     return 1 if op.loop is None else -(-rows // op.loop[0]) * -(-columns // op.loop[1])
 
 
-_OF_DOCUMENTS, _OF_WINDOWS = 4, 2
-"""Operators that find the boundaries of documents, and that correct the LSE of rows without a key."""
+_OF_DOCUMENTS, _OF_WINDOWS, _OF_MASKS = 6, 1, 8
+"""Operators that lay documents end to end; those of other views of the tensors, which together take as long as one; and
+those that turn a boolean mask into one that is added, and blank rows without a key."""
 
 
 def attend_work(node: Node, setting: Setting) -> Work:

@@ -75,6 +75,15 @@ class Kernel(Protocol):
         ...
 
 
+def may_lack_keys(q: Tensor, k: Tensor, asked: Request) -> bool:
+    """Return whether a row may have no key: not where all keys, or as many as the diagonal leaves, are there.
+
+    Windows hold the diagonal, and every row is in a document. What is added to scores is taken to leave each row some.
+    """
+    beyond = (asked.causal or asked.window != EVERYTHING) and q.shape[2] > k.shape[2]
+    return beyond or asked.mask is not None or asked.blocks is not None
+
+
 def once(x: Tensor) -> Tensor:
     """Return a view of ``x`` that shows each element once: dimensions along which it was expanded get size 1."""
     return x[tuple(slice(0, 1) if step == 0 else slice(None) for step in x.stride())]

@@ -20,7 +20,7 @@ from torch import Tensor
 from attnplan.errors import KernelError
 from attnplan.ir.native import EVERYTHING
 from attnplan.runtime.fused.replay import backward_replay_of, replay_of, stepping
-from attnplan.runtime.kernels import Pair, Request, Triple
+from attnplan.runtime.kernels import Pair, Request, Triple, may_lack_keys
 from attnplan.runtime.kernels_sdpa import (
     boundaries,
     empty_rows_above,
@@ -55,16 +55,16 @@ class _Flash(Opaque):
         if asked.documents is None:
             rows = [x.transpose(1, 2) for x in (q, k, v)]
             out, lse = self._forward(rows, None, asked)
-            return out.transpose(1, 2), empty_rows_below(lse) if _may_lack_keys(q, k, asked) else lse
+            return out.transpose(1, 2), empty_rows_below(lse) if may_lack_keys(q, k, asked) else lse
         batch = q.shape[0]
         out, lse = self._forward([packed(x) for x in (q, k, v)], _Packed.of(asked.documents, q), asked)
-        return unpacked(out, batch), empty_rows_below(unpacked_lse(lse, batch))
+        return unpacked(out, batch), unpacked_lse(lse, batch)
 
     def run_backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, asked: Request
     ) -> Triple:
         assert asked.mask is None
-        lse = empty_rows_above(lse) if _may_lack_keys(q, k, asked) else lse.contiguous()
+        lse = empty_rows_above(lse) if may_lack_keys(q, k, asked) else lse.contiguous()
         if asked.documents is None:
             rows = [x.transpose(1, 2) for x in (grad, q, k, v, out)]
             dq, dk, dv = self._backward(rows, lse, None, asked)
@@ -95,12 +95,6 @@ class _Flash(Opaque):
     def _backward(self, rows: list[Tensor], lse: Tensor, lengths: _Packed | None, asked: Request) -> Triple:
         """Return the gradients of ``rows`` = (grad, q, k, v, out)."""
         raise NotImplementedError
-
-
-def _may_lack_keys(q: Tensor, k: Tensor, asked: Request) -> bool:
-    """Return whether a row may have no key: not where all keys, or as many as the diagonal leaves, are there."""
-    beyond = (asked.causal or asked.window != EVERYTHING) and q.shape[2] > k.shape[2]  # a window has the diagonal
-    return beyond or asked.documents is not None or asked.blocks is not None
 
 
 class _Packed(NamedTuple):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnplan.ir.native import EVERYTHING
-from attnplan.runtime.kernels import Pair, Request, Triple, additive, blank_empty_rows
+from attnplan.runtime.kernels import Pair, Request, Triple, additive, blank_empty_rows, may_lack_keys
 from attnplan.runtime.views import rows_first
 
 _aten = torch.ops.aten
@@ -98,11 +98,11 @@ class FlashCUDA:
             whole = (None, None, q.shape[2], k.shape[2], 0.0, False, False)
             given = (x.transpose(1, 2) for x in (q, k, v))
             out, lse, *_ = _aten._flash_attention_forward(*given, *whole, **rest)
-            return out.transpose(1, 2), empty_rows_below(lse)
+            return out.transpose(1, 2), empty_rows_below(lse) if may_lack_keys(q, k, asked) else lse
         cu = boundaries(asked.documents, q.shape[0], q.shape[2])
         lengths = (cu, cu, q.shape[2], k.shape[2], 0.0, False, False)
         out, lse, *_ = _aten._flash_attention_forward(packed(q), packed(k), packed(v), *lengths, **rest)
-        return unpacked(out, q.shape[0]), empty_rows_below(unpacked_lse(lse, q.shape[0]))
+        return unpacked(out, q.shape[0]), unpacked_lse(lse, q.shape[0])
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, asked: Request
@@ -118,12 +118,13 @@ class FlashCUDA:
         rest = _windowed(asked)
         if asked.documents is None:
             rows = (x.transpose(1, 2) for x in (grad, q, k, v, out))
-            whole = (empty_rows_above(lse), None, None, *lengths, False, None, None)
+            stats = empty_rows_above(lse) if may_lack_keys(q, k, asked) else lse.contiguous()
+            whole = (stats, None, None, *lengths, False, None, None)
             dq, dk, dv = _aten._flash_attention_backward(*rows, *whole, **rest)
             return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
         cu = boundaries(asked.documents, q.shape[0], q.shape[2])
         rows = (packed(x) for x in (grad, q, k, v, out))
-        apart = (packed_lse(empty_rows_above(lse)), cu, cu, *lengths, False, None, None)
+        apart = (packed_lse(lse), cu, cu, *lengths, False, None, None)
         found = _aten._flash_attention_backward(*rows, *apart, **rest)
         dq, dk, dv = (unpacked(x, q.shape[0]) for x in found)
         return dq, dk, dv
@@ -158,7 +159,7 @@ class CuDNN:
 
         With LSE +inf all weights of a row are 0, as those of a row without a key must be.
         """
-        stats = lse.contiguous() if asked.mask is None else empty_rows_above(lse)
+        stats = empty_rows_above(lse) if may_lack_keys(q, k, asked) else lse.contiguous()
         stats = stats.unsqueeze(-1) if self.lse_dims == 4 else stats
         seed = q.new_empty((), dtype=torch.int64)
         lengths = (None, None, q.shape[2], k.shape[2], 0.0)
@@ -202,7 +203,7 @@ class Efficient:
         """Run the backward operator, which wants LSE +inf for rows without a key and for those that pad it."""
         heads = Groups(q, k)
         bias = additive(heads.mask(asked.mask), q.dtype, _BIAS_ELEMENTS, heads.mask(asked.bias))
-        above = lse.masked_fill(lse == -torch.inf, torch.inf)
+        above = lse.masked_fill(lse == -torch.inf, torch.inf) if may_lack_keys(q, k, asked) else lse
         stats = F.pad(heads.queries(above), (0, -q.shape[2] % _LSE_ROWS), value=torch.inf).contiguous()
         seed = q.new_empty((), dtype=torch.int64)
         before = (heads.queries(grad), heads.queries(q), heads.keys(k), heads.keys(v), bias)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attnplan.ir.native import EVERYTHING
-from attnplan.runtime.kernels import Pair, Request, Triple, additive, blank_empty_rows
+from attnplan.runtime.kernels import Pair, Request, Triple, additive, blank_empty_rows, may_lack_keys
 from attnplan.runtime.kernels_sdpa import (
     Groups,
     boundaries,
@@ -69,19 +69,19 @@ class XFormers(Opaque):
             *rows, bias, scale=asked.scale, op=self._operator(0)
         )
         if asked.documents is not None:
-            return unpacked(out[0], batch), empty_rows_below(unpacked_lse(lse[0], batch))
+            return unpacked(out[0], batch), unpacked_lse(lse[0], batch)
         out, lse = heads.back(out.transpose(1, 2)), heads.back(lse[..., : q.shape[2]])
         if asked.mask is not None and asked.mask.dtype == torch.bool:
             out, lse = out.contiguous(), lse.contiguous()
             blank_empty_rows(asked.mask, out, lse)
-        return out, empty_rows_below(lse)
+        return out, empty_rows_below(lse) if may_lack_keys(q, k, asked) else lse
 
     def run_backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, asked: Request
     ) -> Triple:
         heads = Groups(q, k)
         batch = q.shape[0]
-        lse = empty_rows_above(lse)
+        lse = empty_rows_above(lse) if may_lack_keys(q, k, asked) else lse.contiguous()
         bias = self._bias(heads, q, k, asked)
         if asked.documents is not None:
             grad, out, q, k, v = (packed(x).unsqueeze(0) for x in (grad, out, q, k, v))
