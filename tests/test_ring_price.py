@@ -242,3 +242,15 @@ def test_parts_that_wait_for_the_merge_need_memory() -> None:
         assert 0 <= beside < 16 * 2**20  # what a kernel needs for itself
     inside = choose(attrs.evolve(spec, pattern=P.longnet([8192, 16384], [1, 2])), 8, H200, "contiguous", "rows")[0]
     assert inside.peak_bytes > 1.5 * part  # its branches, before they are joined
+
+
+def test_on_a_cpu_the_same_cores_start_hops_and_compute() -> None:
+    spec, cpu = AttentionSpec(seq_len=4096, heads=1, head_dim=64, dtype="float32"), catalogue()["cpu-2core"]
+    free = attrs.evolve(links(cpu), host=0.0)
+    slower = [
+        choose(spec, 16, cpu, "contiguous", "ring", known=known)[0].seconds
+        - choose(spec, 16, cpu, "contiguous", "ring", known=free)[0].seconds
+        for known in (links(cpu), attrs.evolve(free, host=1e-2))
+    ]
+    assert slower[0] > 10 * 50e-6, "15 hops, each of which the host starts"
+    assert slower[1] == pytest.approx(16 * 1e-2), "the first is led by its own"

@@ -46,6 +46,8 @@ _LATENCY = 34e-6
 _SLOWS = 0.5
 """Fitted to the rows of ``bench/results/ring-h200-x2.json``, as is the host's time."""
 _HOST = 1.5e-4
+_HOST_OF_CPU = 1e-4
+"""What a hop of a virtual ring takes beside its kernels, on one core: bench/results/seed-table-cpu.json."""
 
 
 def links(device: Device) -> Links:
@@ -59,7 +61,7 @@ def links(device: Device) -> Links:
     """
     if device.kind == "cpu":
         loopback = Link(1.5e9, 150e-6, 50e-6, "gloo over loopback, one core copying")
-        return Links(loopback, Link(1.2e9, 200e-6, 50e-6, "10 Gbit/s Ethernet"))
+        return Links(loopback, Link(1.2e9, 200e-6, 50e-6, "10 Gbit/s Ethernet"), host=_HOST_OF_CPU)
     known = next((name for name in _NVLINK if device.name.startswith(name)), None)
     if known is None:
         inside = Link(25e9, 15e-6, 2e-6, "PCIe 4.0 x16")

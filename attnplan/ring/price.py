@@ -330,14 +330,18 @@ class Pricer:
         comm, slows = [h.comm for h in hops], self.links.slows
         lead = self.links.host if any(h.received for h in hops) else 0.0
         busy = pipelined_seconds([h.compute for h in hops], comm, slows)
-        total = spread + lead + max(busy, sum(h.host for h in hops))
+        total = spread + lead + self._beside(busy, sum(h.host for h in hops))
         if not self.spec.training:
             return total
         item = ITEM_BYTES[self.spec.dtype]
         home = [0.0, *(c * max(4, item) / item for c in comm)]  # while the next hop is computed
         moving = [c + home[i] for i, c in enumerate(comm)]
         busy = pipelined_seconds([h.backward for h in hops], moving, slows) + home[-1]
-        return total + spread + lead + max(busy, sum(h.host_backward for h in hops))
+        return total + spread + lead + self._beside(busy, sum(h.host_backward for h in hops))
+
+    def _beside(self, busy: float, host: float) -> float:
+        """Return the seconds of the device's work and the host's, which on a CPU are done by the same cores."""
+        return busy + host if self.device.kind == "cpu" else max(busy, host)
 
 
 def _known(table: Parameters, device: Device) -> Parameters:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from attnplan.errors import KernelError
-from attnplan.ir.native import EVERYTHING
 from attnplan.runtime.fused.replay import backward_replay_of, replay_of, stepping
 from attnplan.runtime.kernels import Pair, Request, Triple, may_lack_keys
 from attnplan.runtime.kernels_sdpa import (
