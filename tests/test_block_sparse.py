@@ -15,6 +15,7 @@ from attnplan.ir.ops import disjoint
 from attnplan.passes.block_sparse import chunks
 from attnplan.runtime.tiles import TileBuilder
 from attnplan.spec import AttentionSpec
+from tests.running import Call, assert_agree, every_plan, way
 
 LIMIT = st.one_of(st.none(), st.integers(-40, 40))
 
@@ -129,3 +130,19 @@ def test_a_query_row_in_two_chunks_is_refused():
     swapped[2] = attrs.evolve(swapped[2], tensor="v")
     with pytest.raises(PassError, match="one query row stands in two places"):
         op.infer(swapped)
+
+
+@pytest.mark.parametrize("lengths", [(700, 700), (130, 700)])
+def test_a_function_has_more_masks_than_a_batch_of_tiles_shows(lengths):
+    def kept(head, query, key):
+        return (query * 7919 + key * 104729 + query * key % 8191 + head) % 100 < 30
+
+    seq_len, kv_len = lengths
+    spec = AttentionSpec(seq_len=seq_len, kv_len=kv_len, heads=3, head_dim=16, dtype="float64", pattern=P.mask(kept))
+    call = Call.of(spec, batch=2)
+    want, tried = call.expected(), 0
+    for plan in every_plan(spec):
+        if any(op.tile is not None for _, op in plan.graph.of(Attend)):
+            assert_agree(call.got(plan), want, 1e-11, way(plan))
+            tried += 1
+    assert tried

@@ -42,6 +42,21 @@ def test_the_peak_of_a_call_that_asks_a_predicate_is_predicted(name, pattern):
         assert peak <= plan.predicted.peak_bytes <= 1.3 * peak, f"{plan}: {plan.predicted.peak_bytes}, measured {peak}"
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["of pairs", "of differences"])
+def test_a_predicate_in_tiles_has_a_mask_for_each_of_them_and_makes_those_of_one_batch(name, training):
+    """2,048 masks of 128 x 64 pairs: all of them at once were 67 MB in float32, of 97 for the call."""
+    spec = AttentionSpec(
+        seq_len=2048, heads=4, head_dim=32, dtype="float32", pattern=P.mask(PREDICATES[name]), training=training
+    )
+    plans = [p for p in every_plan(spec) if any(op.tile is not None for _, op in p.graph.of(Attend))]
+    assert plans
+    for plan in plans:
+        peak = measured(call_of(plan, "cpu"), "cpu").allocated
+        assert peak <= plan.predicted.peak_bytes <= 1.3 * peak, f"{plan}: {plan.predicted.peak_bytes}, measured {peak}"
+        assert peak < 32e6
+
+
 SHAPE = Shape(64, 64, 4)
 ROWS = RowMap.whole(4, 64)
 

@@ -9,16 +9,17 @@ import attrs
 
 from attnplan.cost.buffers import flash_cpu
 from attnplan.cost.setting import Setting, value_bytes
-from attnplan.cost.tiles import attend_tiles, fullest_row
+from attnplan.cost.tiles import attend_tiles, fullest_row, partial_tiles
 from attnplan.ir import Attend, Graph, Node, RowMap
+from attnplan.patterns.custom import Mask
 from attnplan.spec import AttentionSpec
 
 ELEMENTS = 1 << 22
 """Keys x features of all heads that one batch gathers, as the runtime says."""
 SHARE = 0.8
 """Rows of one batch keep at least this share of the tiles of the fullest, as the runtime says."""
-_MASKS = 16
-"""Distinct masks of partial tiles that one pattern has, about."""
+_MASKS, _MASKS_KEPT = 16, 64
+"""Distinct masks of partial tiles that one pattern has, about, and as many as are taken to stay with a plan."""
 
 
 @attrs.frozen
@@ -124,7 +125,8 @@ def _one(
     item, acc, (tall, wide) = setting.item, setting.accumulator, op.tile
     kv_heads = min(one.heads, max(1, k.rows.elements_count // k.rows.length))
     columns = one.rows * one.width * wide
-    bias, masks = columns * tall * item, _MASKS * tall * wide * item
+    bias, masks = columns * tall * item, _masks(op, q.rows, k.rows, setting.spec, _MASKS) * tall * wide * item
+    masks = min(masks, 2 * bias // item)  # if there are more, those of the batch are taken first, and complemented
     gathered = columns * kv_heads * (k.features + v.features) * item
     rows = one.rows * tall * one.heads
     queries, result = rows * q.features * item, rows * (v.features * item + acc)
@@ -135,6 +137,12 @@ def _one(
     if kind == "cuda":  # copies of output and gradient in their order, and dq in float32
         buffers = rows * q.features * (2 * item + 4) // 3
     return max(2 * bias + masks, bias + 2 * result + grads + 3 * buffers), gathered + 3 * queries
+
+
+def _masks(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec, few: int) -> int:
+    """Return how many masks the partial tiles of a pattern have: ``few``, but one each where a function says."""
+    asked = any(isinstance(part, Mask) for part in op.where.walk())
+    return max(few, partial_tiles(op, q, k, spec)[0]) if asked else few
 
 
 def _padding(graph: Graph, node: Node, op: Attend, setting: Setting) -> int:
@@ -150,11 +158,15 @@ def _padding(graph: Graph, node: Node, op: Attend, setting: Setting) -> int:
 def lookup_bytes(op: Attend, q: RowMap, k: RowMap) -> int:
     """Return the bytes of the tables that a mask function looks up, for heads of one class and up to 64 masks."""
     assert op.tile is not None
-    return 4 * (-(-q.length // op.tile[0]) * -(-k.length // op.tile[1]) + 64 * prod(op.tile))
+    return 4 * (-(-q.length // op.tile[0]) * -(-k.length // op.tile[1]) + _MASKS_KEPT * prod(op.tile))
 
 
-def table_bytes(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec) -> int:
-    """Return the bytes of the lists of tiles and masks that stay with a plan."""
+def table_bytes(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec, kind: str) -> int:
+    """Return the bytes of the lists of tiles and masks that stay with a plan.
+
+    On a CPU the masks of a function are arrays of numpy, which is not asked for memory here.
+    """
     assert op.tile is not None
     heads = max(1, q.elements_count // q.length)
-    return attend_tiles(op, q, k, spec) // heads * 24 + 64 * prod(op.tile)
+    masks = _MASKS_KEPT if kind == "cpu" else _masks(op, q, k, spec, _MASKS_KEPT)
+    return attend_tiles(op, q, k, spec) // heads * 24 + masks * prod(op.tile)

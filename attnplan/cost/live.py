@@ -162,12 +162,13 @@ class Live:
         assert isinstance(op, Attend)
         if op.tile is not None:
             looked_up_too = "tile-masks" in self.setting.kernel.native
-            return table_bytes(op, q, k, self.setting.spec) + (lookup_bytes(op, q, k) if looked_up_too else 0), 0
+            kept = table_bytes(op, q, k, self.setting.spec, self.kind)
+            return kept + (lookup_bytes(op, q, k) if looked_up_too else 0), 0
         if slot_condition(op, q, k) != "mask":
             causal = self.plain and slot_condition(op, q, k) == "causal"
             return 0, 2 * q.length * k.length if causal else 0
         if self.setting.kernel.skips:
-            return table_bytes(with_tiles(op, self.setting.kernel), q, k, self.setting.spec), 0
+            return table_bytes(with_tiles(op, self.setting.kernel), q, k, self.setting.spec, self.kind), 0
         if lowered(self.graph, node, self.setting.kernel.native) is not None:
             return 0, 0
         pairs = self._round(mask_elements(op, *mask_rows(op, q, k), self.setting.batch, self.setting.spec))

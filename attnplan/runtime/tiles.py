@@ -48,11 +48,19 @@ class Batch:
         """Return 0 where a pair meets and -inf elsewhere, ``[G, 1, queries, W * keys]``; it is large, and not kept."""
         if self.kinds is None:
             return None
-        made = torch.zeros((*self.kinds.shape, *self.masks.shape[1:]), dtype=dtype, device=self.masks.device)
-        some = self.kinds.nonzero(as_tuple=True)
-        partial = torch.zeros(self.masks.shape, dtype=dtype, device=self.masks.device)
-        made[some] = partial.masked_fill_(~self.masks, -torch.inf)[self.kinds[some] - 1]
+        made = self._added(self.kinds, dtype)
         return made.transpose(1, 2).flatten(2, 3).unsqueeze(1)
+
+    def _added(self, kinds: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what is added to each tile, ``[G, W, queries, keys]``."""
+        made = torch.zeros((*kinds.shape, *self.masks.shape[1:]), dtype=dtype, device=self.masks.device)
+        some = kinds.nonzero(as_tuple=True)
+        places, masks = kinds[some] - 1, self.masks
+        few = len(places) < len(masks)  # a function has a mask for every tile, of which one batch shows some
+        shown = masks[places] if few else masks
+        partial = torch.zeros(shown.shape, dtype=dtype, device=shown.device).masked_fill_(~shown, -torch.inf)
+        made[some] = partial if few else partial[places]
+        return made
 
     def empty(self) -> Tensor | None:
         """Return which query rows see no key at all, ``[G, 1, queries]``; None if there is none."""
@@ -303,7 +311,8 @@ def attend_tiles_backward(
     cut_lse = _Tiled(lse.unsqueeze(-1), tall, torch.inf)  # rows that do not exist get weights of 0
     wider = accumulator(q.dtype)
     totals = [torch.zeros(x.x.shape, dtype=wider, device=q.device) for x in (cut[1], cut_k, cut_v)]
-    for at, heads, part in _each(tiles, q.shape[0]):
+
+    def add(at: int, heads: Heads, part: Batch) -> None:  # a function, so that nothing of one batch outlives it
         rows = part.rows.unsqueeze(1)
         some_grad, some_q, some_out = (x.take(at, heads.queries, rows) for x in cut)
         gradients = KERNELS[kernel].backward(
@@ -319,6 +328,9 @@ def attend_tiles_backward(
             totals, gradients, (heads.queries, heads.keys, heads.keys), (rows, part.columns, part.columns), strict=True
         ):
             _add_tiles(total[at], found, members, places)
+
+    for at, heads, part in _each(tiles, q.shape[0]):
+        add(at, heads, part)
     dq, dk, dv = (
         _unflatten(t.flatten(2, 3)[:, :, : x.shape[-2]], 1, x.shape[1:-2])
         for t, x in zip(totals, (q, k, v), strict=True)
