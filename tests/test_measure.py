@@ -31,6 +31,8 @@ SPEC = AttentionSpec(
 def fresh(monkeypatch):
     """Plan anew, with a function of the runtime that pauses where ``when`` says so."""
     monkeypatch.setattr("attnplan.measure.MOST", 3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # others may take as long as a pause to wake up after one
 
     def make(spec, path="", when=lambda *args, **kwargs: False, **pins):
         if path:
@@ -48,6 +50,7 @@ def fresh(monkeypatch):
         return attnplan.compile(spec, **pins)
 
     yield make
+    torch.set_num_threads(threads)
     attnplan.cache_clear()
 
 
