@@ -78,10 +78,10 @@ class Kernel(Protocol):
 def may_lack_keys(q: Tensor, k: Tensor, asked: Request) -> bool:
     """Return whether a row may have no key: not where all keys, or as many as the diagonal leaves, are there.
 
-    Windows hold the diagonal, and every row is in a document. What is added to scores is taken to leave each row some.
+    Windows hold the diagonal, and every row is in a document. A bias may be -inf.
     """
     beyond = (asked.causal or asked.window != EVERYTHING) and q.shape[2] > k.shape[2]
-    return beyond or asked.mask is not None or asked.blocks is not None
+    return beyond or any(x is not None for x in (asked.mask, asked.bias, asked.blocks))
 
 
 def once(x: Tensor) -> Tensor:
