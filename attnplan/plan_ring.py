@@ -102,7 +102,7 @@ class RingPlan(Sharded, Plan):
     @property
     def shape(self) -> int | tuple[int, int]:
         """Number of ranks; for ``hybrid``, (groups of the ring, ranks of a group)."""
-        return (self.candidate.ring, self.candidate.ulysses) if self.transport == "hybrid" else self.ranks
+        return self.candidate.shape
 
     @property
     def programs(self) -> tuple[RankProgram, ...]:

@@ -181,8 +181,7 @@ def whole_peak(spec: AttentionSpec, one: RingCandidate, runners: Sequence[Runner
     def room(graph: Graph) -> Room:
         return room_of(graph, spec, runner_of(graph, spec, runners, device).schedule.priced, device.kind)
 
-    shape = (one.ring, one.ulysses) if one.transport == "hybrid" else one.ring * one.ulysses
-    return virtual_peak(programs(spec, shape, one.layout, one.transport), spec, room, device.kind)
+    return virtual_peak(programs(spec, one.shape, one.layout, one.transport), spec, room, device.kind)
 
 
 def runner_of(graph: Graph, spec: AttentionSpec, runners: Sequence[Runner], device: Device) -> Runner:

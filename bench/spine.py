@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import gc
 import inspect
 import json
 import os
@@ -30,6 +29,7 @@ import attnplan.cost
 from attnplan import AttentionSpec
 from attnplan import patterns as P
 from attnplan.harness import environment
+from attnplan.runtime.clock import uncollected
 from attnplan.verify import relative_error
 
 WIDTHS, RATES = [512, 1024, 2048, 4096, 8192], [1, 2, 4, 8, 16]
@@ -138,13 +138,10 @@ PACE = 0.025
 def pace() -> float:
     """Return the seconds of a fixed piece of plain Python: what shares a core makes all Python as slow as this."""
     text = inspect.getsource(argparse)
-    gc.disable()  # a collection of all that torch has made takes longer than this
-    try:
+    with uncollected():
         start = time.process_time()
         ast.unparse(ast.parse(text))
         return time.process_time() - start
-    finally:
-        gc.enable()
 
 
 def planning(rounds: int = 9) -> dict[str, Any]:

@@ -5,28 +5,54 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, cast
 
-import attrs
-
 from attnplan.patterns import Pattern, Shape
 from attnplan.patterns.base import Array
-from attnplan.patterns.custom import Mask
+from attnplan.patterns.custom import asks_function
+
+INDEX, BOOLEAN = 8, 1
+"""Bytes of an index or of what arithmetic makes of some, and of an answer."""
 
 
-@attrs.frozen(eq=False)
-class _Along:
-    """Stands for an array in the arithmetic of a condition, and knows only along which axes that array changes."""
+class Along:
+    """Stands for an array in the arithmetic of a condition, and knows along which axes that array changes."""
 
-    axes: frozenset[str]
-
-    def _joined(self, other: object = None) -> Any:
-        return _Along(self.axes | other.axes) if isinstance(other, _Along) else self
-
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __mod__ = _joined
-    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _joined
-    __lt__ = __le__ = __gt__ = __ge__ = _joined
-    __eq__ = __ne__ = _joined
-    __neg__ = __invert__ = __abs__ = _joined
+    __slots__ = ("axes", "item")
     __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, axes: frozenset[str], item: int = INDEX) -> None:
+        self.axes, self.item = axes, item
+
+    @property
+    def dtype(self) -> str:
+        """The dtype, by which a mask knows that a function answers in booleans."""
+        return "bool" if self.item == BOOLEAN else "int64"
+
+    def made(self, axes: frozenset[str], item: int, other: object) -> Any:
+        """Return what stands for the array that is made of this one and another operand, None if there is no other."""
+        return Along(axes, item)
+
+    def _made(self, item: int, other: object = None) -> Any:
+        return self.made(self.axes | other.axes if isinstance(other, Along) else self.axes, item, other)
+
+    def _number(self, other: object = None) -> Any:
+        return self._made(INDEX, other)
+
+    def _answer(self, other: object) -> Any:
+        return self._made(BOOLEAN, other)
+
+    def _joined(self, other: object) -> Any:
+        alike = isinstance(other, bool) or (isinstance(other, Along) and other.item == BOOLEAN)
+        return self._made(BOOLEAN if alike and self.item == BOOLEAN else INDEX, other)
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __neg__ = __abs__ = _number
+    __floordiv__ = __rfloordiv__ = __truediv__ = __rtruediv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = _number
+    __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = _number
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _joined
+    __lt__ = __le__ = __gt__ = __ge__ = _answer
+    __eq__ = __ne__ = _answer
+
+    def __invert__(self) -> Any:
+        return self._made(self.item)
 
     def __bool__(self) -> bool:
         raise TypeError("a condition is computed for many pairs at once and cannot be branched on")
@@ -42,9 +68,9 @@ def mask_axes(where: Pattern, shape: Shape) -> tuple[bool, bool, bool]:
     >>> mask_axes(causal() & sinks(4), Shape(8, 8, 2))
     (False, True, True)
     """
-    if where.operands or any(isinstance(part, Mask) for part in where.walk()) or where.tables(shape):
+    if where.operands or asks_function(where) or where.tables(shape):
         return _asked(where, shape)
-    h, q, k = (cast(Array, _Along(frozenset(name))) for name in "hqk")
+    h, q, k = (cast(Array, Along(frozenset(name))) for name in "hqk")
     found: Any = where.pairs({}, h, q, k)
     return "h" in found.axes and shape.heads > 1, "q" in found.axes, "k" in found.axes
 

@@ -9,9 +9,9 @@ import attrs
 
 from attnplan.cost.buffers import flash_cpu
 from attnplan.cost.setting import Setting, value_bytes
-from attnplan.cost.tiles import attend_tiles, fullest_row, partial_tiles
+from attnplan.cost.tiles import attend_tiles, tile_rows
 from attnplan.ir import Attend, Graph, Node, RowMap
-from attnplan.patterns.custom import Mask
+from attnplan.patterns.custom import asks_function
 from attnplan.spec import AttentionSpec
 
 ELEMENTS = 1 << 22
@@ -99,7 +99,7 @@ def _largest(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec, heads: int) 
     assert op.tile is not None
     tall, wide = op.tile
     kept = -(-attend_tiles(op, q, k, spec) // heads) * 5 // 4
-    width = max(1, fullest_row(op, q, k, spec))
+    width = max(1, tile_rows(op, q, k, spec).fullest)
     tiles = max(width, min(ELEMENTS // (64 * heads * wide), kept))
     return Batch(max(1, min(-(-q.length // tall), -(-tiles // width))), width, heads)
 
@@ -141,8 +141,7 @@ def _one(
 
 def _masks(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec, few: int) -> int:
     """Return how many masks the partial tiles of a pattern have: ``few``, but one each where a function says."""
-    asked = any(isinstance(part, Mask) for part in op.where.walk())
-    return max(few, partial_tiles(op, q, k, spec)[0]) if asked else few
+    return max(few, tile_rows(op, q, k, spec).partial) if asks_function(op.where) else few
 
 
 def _padding(graph: Graph, node: Node, op: Attend, setting: Setting) -> int:

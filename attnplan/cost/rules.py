@@ -9,7 +9,7 @@ import attrs
 
 from attnplan.cost.joins import placed, rows_there
 from attnplan.cost.setting import KernelModel, Setting, value_bytes
-from attnplan.cost.tiles import DOCUMENTS, attend_tiles, fullest_row, launches_of_tiles, partial_tiles
+from attnplan.cost.tiles import DOCUMENTS, attend_tiles, launches_of_tiles, tile_rows
 from attnplan.errors import PassError
 from attnplan.ir import Attend, Input, Merge, Mix, Node, Op, Output, Receive, Take
 from attnplan.ir.launch import launches
@@ -182,8 +182,8 @@ def _steps(op: Attend, rows: int, columns: int) -> int:
 
 
 _OF_DOCUMENTS, _OF_WINDOWS, _OF_MASKS = 6, 1, 8
-"""Operators that lay documents end to end; those of other views of the tensors, which together take as long as one; and
-those that turn a boolean mask into one that is added, and blank rows without a key."""
+"""Operators that lay documents end to end, that turn tensors for a window (views, which take as long as one together),
+and that make of a boolean mask one that is added and blank rows without a key."""
 
 
 def attend_work(node: Node, setting: Setting) -> Work:
@@ -204,13 +204,12 @@ def attend_work(node: Node, setting: Setting) -> Work:
         work = Work(blocks, rows, keys, 1.25 * keys, widest, 2 * pairs * both, masked=True)
         if not (kernel.skips or "blocks" in kernel.native):
             return work
-        where = (op, q.type.rows, k.type.rows, setting.spec)  # rows of tiles are not cut, as those of gathered ones are
-        partial, of_one_row = partial_tiles(*where)
+        of = tile_rows(op, q.type.rows, k.type.rows, setting.spec)  # not cut, as rows of gathered tiles are
         return attrs.evolve(
             work,
-            longest=max(work.longest, fullest_row(*where) * op.tile[1]),
-            compared=partial * setting.batch * op.tile[1] / max(1, blocks * tiles),
-            longest_compared=of_one_row * op.tile[1],
+            longest=max(work.longest, of.fullest * op.tile[1]),
+            compared=of.partial * setting.batch * op.tile[1] / max(1, blocks * tiles),
+            longest_compared=of.most_partial * op.tile[1],
         )
     condition: str = slot_condition(op, q.type.rows, k.type.rows)
     native = lowered(setting.graph, node, kernel.native) if condition == "mask" else None

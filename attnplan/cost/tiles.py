@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from attnplan.ir import Attend, RowMap
-from attnplan.patterns import Pattern, documents, full
+from attnplan.patterns import Pattern, Shape, documents, full
 from attnplan.patterns.grids import Neighborhood
 from attnplan.patterns.operands import static_part
 from attnplan.spec import AttentionSpec
@@ -28,7 +28,7 @@ def attend_tiles(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec) -> int:
     What calls will bring is not known when a plan is priced: ``documents()`` counts as :data:`DOCUMENTS` of equal
     length, padding and query offsets leave out nothing.
     """
-    from attnplan.patterns.tiles import Grid, kept_tiles  # numpy is needed only here
+    from attnplan.patterns.tiles import kept_tiles  # numpy is needed only here
 
     assert op.tile is not None
     if op.boxes is not None:
@@ -36,48 +36,43 @@ def attend_tiles(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec) -> int:
 
         assert isinstance(op.where, Neighborhood)
         return kept_boxes(op.where, *op.boxes) * (q.elements_count // q.length)
-    shape = spec.shape
-    grid = Grid(q.row + (shape.shift if op.shift is None else op.shift), q.length, k.row, k.length, op.tile)
-    where = static_part(op.where) if op.shift is not None else full()
-    if "documents" in op.where.operands:
-        where = where & _equal_documents(shape.kv_len)
-    return kept_tiles(where, attrs.evolve(shape, batch=1), grid, [head for _, head in q.batch_heads()])
+    return kept_tiles(*_tiled(op, q, k, spec))
+
+
+@attrs.frozen
+class Rows:
+    """What the rows of tiles of an attend may hold."""
+
+    fullest: int
+    """Tiles that one of them keeps at most."""
+    partial: int = 0
+    """Tiles that are compared pair by pair, in all heads of one batch element."""
+    most_partial: int = 0
+    """The same in one row at most."""
 
 
 @lru_cache(maxsize=1024)
-def fullest_row(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec) -> int:
-    """Return the most tiles that one row of tiles of an attend may keep."""
+def tile_rows(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec) -> Rows:
+    """Return what rows of tiles may hold: all tiles, and none that is known to be partial, where only calls say."""
     from attnplan.patterns.tiles.table import row_counts
 
     assert op.tile is not None
-    known = _known(op, q, k, spec)
-    return -(-k.length // op.tile[1]) if known is None else row_counts(*known)
+    if op.boxes is not None or op.shift is None:
+        return Rows(-(-k.length // op.tile[1]))
+    return Rows(*row_counts(*_tiled(op, q, k, spec)))
 
 
-@lru_cache(maxsize=1024)
-def partial_tiles(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec) -> tuple[int, int]:
-    """Return how many tiles an attend compares pair by pair: in all heads of one batch element, and in one row at most.
-
-    None are counted where calls say where the tiles lie.
-    """
-    from attnplan.patterns.tiles import table
-
-    known = _known(op, q, k, spec)
-    return (0, 0) if known is None else table.partial_tiles(*known)
-
-
-def _known(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec) -> tuple[Pattern, Any, Any, list[int]] | None:
-    """Return the pattern of an attend, the shape of one batch element, its grid of tiles and its heads, if known."""
+def _tiled(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec) -> tuple[Pattern, Shape, Any, list[int]]:
+    """Return the pattern of an attend as a price takes it, one batch element's shape, the grid of tiles, the heads."""
     from attnplan.patterns.tiles import Grid
 
-    if op.boxes is not None or op.shift is None:
-        return None
     assert op.tile is not None
-    where = static_part(op.where)
+    shape = spec.shape
+    where = static_part(op.where) if op.shift is not None else full()
     if "documents" in op.where.operands:
-        where = where & _equal_documents(spec.shape.kv_len)
-    grid = Grid(q.row + op.shift, q.length, k.row, k.length, op.tile)
-    return where, attrs.evolve(spec.shape, batch=1), grid, [head for _, head in q.batch_heads()]
+        where = where & _equal_documents(shape.kv_len)
+    grid = Grid(q.row + (shape.shift if op.shift is None else op.shift), q.length, k.row, k.length, op.tile)
+    return where, attrs.evolve(shape, batch=1), grid, [head for _, head in q.batch_heads()]
 
 
 _GATHERED = 1 << 22

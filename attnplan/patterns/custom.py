@@ -103,6 +103,11 @@ class Mask(Pattern):
         return f"mask(<{name} at {id(self.fn):#x}>)"
 
 
+def asks_function(where: Pattern) -> bool:
+    """Return whether a Python function decides some pairs of a condition."""
+    return any(isinstance(part, Mask) for part in where.walk())
+
+
 def _beside(result: Array, q: Array) -> Array:
     """Return booleans as an array of the library of ``q``: a function may index into a table of another one."""
     if hasattr(q, "new_tensor"):

@@ -80,8 +80,7 @@ def ring_traffic(
             f"a picture shows up to {MAX_RANKS} ranks, not {ranks.ranks}; `attnplan explain --mesh {ranks}` lists hops"
         )
     chosen = choose(spec, ranks, target.device, layout, transport)[0]
-    shape = (chosen.ring, chosen.ulysses) if chosen.transport == "hybrid" else ranks.ranks
-    made = programs(spec, shape, chosen.layout, chosen.transport)
+    made = programs(spec, chosen.shape, chosen.layout, chosen.transport)
     notes = tuple(dict.fromkeys(note for program in made for note in program.notes))
     return Traffic(chosen, ranks.ranks, tuple(_steps(made, spec)), notes)
 

@@ -59,6 +59,11 @@ class RingCandidate:
         return f"{self.layout} > {self.transport}{shape}"
 
     @property
+    def shape(self) -> int | tuple[int, int]:
+        """Number of ranks; for ``hybrid``, (groups of the ring, ranks of a group)."""
+        return (self.ring, self.ulysses) if self.transport == "hybrid" else self.ring * self.ulysses
+
+    @property
     def slowest(self) -> RankCost:
         """The priced rank that takes the longest."""
         return max(self.ranks, key=lambda r: r.seconds)

@@ -127,12 +127,12 @@ def race(calls: Mapping[str, Call], on_gpu: bool, plenty: Plenty | None = None) 
     >>> sorted(found), len(found["sum"].seconds)
     (['nothing', 'sum'], 8)
     """
-    with _uncollected():
+    with uncollected():
         return _race(calls, on_gpu, plenty or Plenty())
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Keep the garbage collector out of what is timed: with a compiler loaded, it takes longer than a burst.
 
     What exists is frozen, so that collecting between rounds is cheap; not where the program froze something itself. It

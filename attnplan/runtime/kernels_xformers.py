@@ -81,7 +81,7 @@ class XFormers(Opaque):
     ) -> Triple:
         heads = Groups(q, k)
         batch = q.shape[0]
-        lse = empty_rows_above(lse) if may_lack_keys(q, k, asked) else lse.contiguous()
+        lse = empty_rows_above(lse) if may_lack_keys(q, k, asked) else lse
         bias = self._bias(heads, q, k, asked)
         if asked.documents is not None:
             grad, out, q, k, v = (packed(x).unsqueeze(0) for x in (grad, out, q, k, v))

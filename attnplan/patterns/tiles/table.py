@@ -181,65 +181,48 @@ def kept_tiles(pattern: Pattern, shape: Shape, grid: Grid, heads: Sequence[int])
     >>> kept_tiles(causal(), shape, Grid.of(shape, (128, 128)), range(2))
     72
     """
-    raw = pattern.tables(shape)
-    total = 0
-    keys = [pattern.head_key(h) for h in heads]
-    for b in range(max((t.shape[0] for t in raw.values()), default=1)):
-        tables = {name: t[min(b, t.shape[0] - 1)] for name, t in raw.items()}
-        for key in dict.fromkeys(keys):
-            kept = sum(r.kept() for _, r in _row_blocks(pattern, grid, heads[keys.index(key)], tables))
-            total += kept * keys.count(key)
-    return total
+    return sum(alike * found.kept() for alike, found in _of_heads(pattern, shape, grid, heads))
 
 
-def row_counts(pattern: Pattern, shape: Shape, grid: Grid, heads: Sequence[int]) -> int:
-    """Return how many tiles the fullest row of a table would keep at most, without asking any pair.
+def row_counts(pattern: Pattern, shape: Shape, grid: Grid, heads: Sequence[int]) -> tuple[int, int, int]:
+    """Return what rows of a table would hold at most, without asking any pair.
 
-    Examples
-    --------
-    >>> from attnplan.patterns import causal
-    >>> shape = Shape(seq_len=1024, kv_len=1024, heads=2)
-    >>> row_counts(causal(), shape, Grid.of(shape, (128, 128)), range(2))
-    8
-    """
-    return max((int(kept.max(initial=0)) for _, kept, _ in _counts(pattern, shape, grid, heads)), default=0)
-
-
-def partial_tiles(pattern: Pattern, shape: Shape, grid: Grid, heads: Sequence[int]) -> tuple[int, int]:
-    """Return how many kept tiles may be partial, all ``heads`` together, and in the row with the most of them.
+    Returns
+    -------
+    tuple
+        The kept tiles of the fullest row; how many may be partial, all ``heads`` together; and those of the row with
+        the most of them.
 
     Examples
     --------
     >>> from attnplan.patterns import causal, global_tokens
     >>> shape = Shape(seq_len=1024, kv_len=1024, heads=2)
-    >>> partial_tiles(causal(), shape, Grid.of(shape, (128, 128)), range(2))
-    (16, 1)
-    >>> partial_tiles(global_tokens(16), shape, Grid.of(shape, (128, 128)), range(2))
-    (30, 8)
+    >>> row_counts(causal(), shape, Grid.of(shape, (128, 128)), range(2))
+    (8, 16, 1)
+    >>> row_counts(global_tokens(16), shape, Grid.of(shape, (128, 128)), range(2))
+    (8, 30, 8)
     """
-    total = most = 0
-    for same, _, partial in _counts(pattern, shape, grid, heads):
-        total += same * int(partial.sum())
-        most = max(most, int(partial.max(initial=0)))
-    return total, most
+    fullest = total = most = 0
+    for alike, found in _of_heads(pattern, shape, grid, heads):
+        row, lengths = found.key // found.columns, found.lengths()
+        kept, partial = (
+            np.bincount(row, weights=np.where(wanted, lengths, 0), minlength=found.rows).astype(np.int64)
+            for wanted in (found.state != EMPTY, found.state == MAYBE)
+        )
+        total += alike * int(partial.sum())
+        fullest, most = max(fullest, int(kept.max(initial=0))), max(most, int(partial.max(initial=0)))
+    return fullest, total, most
 
 
-def _counts(
-    pattern: Pattern, shape: Shape, grid: Grid, heads: Sequence[int]
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Iterate over blocks of tile rows: how many heads have them, and the kept and the partial tiles of each row."""
+def _of_heads(pattern: Pattern, shape: Shape, grid: Grid, heads: Sequence[int]) -> Iterator[tuple[int, Runs]]:
+    """Iterate over blocks of tile rows of each batch element and class of heads: how many heads have them, and runs."""
     raw = pattern.tables(shape)
     keys = [pattern.head_key(h) for h in heads]
     for b in range(max((t.shape[0] for t in raw.values()), default=1)):
         tables = {name: t[min(b, t.shape[0] - 1)] for name, t in raw.items()}
         for key in dict.fromkeys(keys):
             for _, found in _row_blocks(pattern, grid, heads[keys.index(key)], tables):
-                row, lengths = found.key // found.columns, found.lengths()
-                kept, partial = (
-                    np.bincount(row, weights=np.where(wanted, lengths, 0), minlength=found.rows).astype(np.int64)
-                    for wanted in (found.state != EMPTY, found.state == MAYBE)
-                )
-                yield keys.count(key), kept, partial
+                yield keys.count(key), found
 
 
 def _row_blocks(pattern: Pattern, grid: Grid, head: int, tables: Mapping[str, Any]) -> Iterator[tuple[Any, Runs]]:

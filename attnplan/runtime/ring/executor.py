@@ -106,7 +106,7 @@ class Rank:
         """Iterate over the stores that this rank copies rows to, in a forward and again in a backward."""
         for hop, parts in self.hops.values():
             plan = self._store_plan(hop) if any(parts) else None
-            if plan is not None and plan.same is None and not plan.slice:
+            if plan is not None and plan.copies:
                 yield hop.index, plan.wanted
 
     def forward(
@@ -281,8 +281,7 @@ class Rank:
         def made() -> Tensor:
             return plan.gather([own, *(received[p][i] for p in sorted(received))], own)
 
-        shared = stores is not None and plan.same is None and not plan.slice
-        return stores.take((hop.index, plan.wanted), i, made) if shared and stores is not None else made()
+        return made() if stores is None or not plan.copies else stores.take((hop.index, plan.wanted), i, made)
 
     def _moved(
         self, name: str, exchange: Exchange, tensors: Sequence[Tensor], *, home: bool = False

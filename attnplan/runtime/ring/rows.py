@@ -183,6 +183,11 @@ class Assembly:
     """Whether it is a view of its one source."""
     _index: dict[tuple[int, int, str], tuple[Tensor, Tensor]] = attrs.field(factory=dict, init=False)
 
+    @property
+    def copies(self) -> bool:
+        """Whether rows are copied: the tensor is no source, and no view of one."""
+        return self.same is None and not self.slice
+
     def gather(self, sources: Sequence[Tensor], like: Tensor) -> Tensor:
         """Return the tensor ``[B, heads, rows, D]``; a source itself where it is one.
 
