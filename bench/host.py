@@ -43,7 +43,7 @@ def plans(spec: AttentionSpec, device: str) -> Iterator[Plan]:
     for candidate, found in sorted(accepted, key=lambda pair: pair[0].prediction.seconds):
         if (candidate.backend, candidate.schedule) not in seen:
             seen.add((candidate.backend, candidate.schedule))
-            yield Plan(spec, target, found, {})
+            yield Plan(spec, target, found, {}, strict=True)
 
 
 def in_turns(

@@ -55,7 +55,8 @@ def plan_of(spec, variant, schedule=FLASH_CPU, backend="eager", device="cpu"):
     graph, target = graph_of(spec, variant), resolve(device)
     candidate = Candidate(variant, backend, schedule.name, Prediction(0.0, 0, ()))
     lowered = Lowered("lattice", graph, ())
-    return Plan(spec, target, Found(lowered, candidate, registry().get(backend), schedule, (candidate,)), {})
+    found = Found(lowered, candidate, registry().get(backend), schedule, (candidate,))
+    return Plan(spec, target, found, {}, strict=True)
 
 
 @pytest.fixture

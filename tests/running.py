@@ -38,7 +38,7 @@ def every_plan(spec: AttentionSpec, device: object = "auto") -> Iterator[Plan]:
         for lowered, accepted, schedule, candidate in options:
             if not candidate.reasons:
                 found = Found(lowered, candidate, accepted, schedule, (candidate,))
-                yield Plan(spec, target, found, {})
+                yield Plan(spec, target, found, {}, strict=True)
 
 
 def way(plan: Plan) -> str:

@@ -108,6 +108,7 @@ def test_what_it_is_not_for_is_refused(monkeypatch):
 
     assert "is for partial tiles, and all are whole" in reasons(SPECS["whole tiles"])
     assert "no backward of a softcap" in reasons(attrs.evolve(SPECS["longformer"], softcap=2.0))
+    assert "one mask function for the whole batch, padding([20, 9])" in reasons(spec_of(P.padding([20, 9]), seq_len=20))
     monkeypatch.setattr(limits, "MOST_LOOKED_UP", 64)
     assert "looks masks up in at most 64 B, this needs 288 B or more" in reasons(SPECS["longformer"])
     monkeypatch.setattr(limits, "MOST_LOOKED_UP", 300)

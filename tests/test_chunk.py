@@ -58,7 +58,7 @@ def looped(plan: Plan, loop: tuple[int, int, int] | None, block: tuple[int, int]
     steps = (*plan.steps, Step(rewrite, len(plan.graph), len(graph), 0.0, graph))
     candidate = Candidate(plan.strategy, plan.backend, plan.schedule, plan.predicted)
     found = Found(Lowered(plan.strategy, graph, steps), candidate, plan._backend, plan._schedule, (candidate,))
-    return Plan(plan.spec, plan.target, found, {})
+    return Plan(plan.spec, plan.target, found, {}, strict=True)
 
 
 QUICK = ("longnet", "cross", "mean", "rows without a key", "documents")

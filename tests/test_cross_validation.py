@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 from attnplan import patterns as P
 from attnplan.cli import main
-from attnplan.errors import NoBackendError, SpecError
+from attnplan.errors import KernelError, NoBackendError, SpecError
+from attnplan.plan import Plan
 from attnplan.testing import (
     Matrix,
     Report,
@@ -38,6 +39,26 @@ torch.set_num_threads(1)
 
 
 # ------------------------------------------------------------------------------------------------- specs and reports
+
+
+def test_a_kernel_that_fails_is_a_finding_and_no_other_takes_its_place(monkeypatch):
+    program_at = Plan._program_at
+
+    class Fails:
+        differentiable_lse = True
+
+        def __call__(self, *given):
+            raise KernelError("this kernel never works")
+
+    def failing(plan, *sizes):
+        return Fails() if plan.schedule == "flash" else program_at(plan, *sizes)
+
+    monkeypatch.setattr(Plan, "_program_at", failing)
+    matrix = cross_validate(SPEC, device="cpu", backends="eager")
+    found = {r.schedule: (r.status, r.reasons) for r in matrix.results if r.strategy == "dense"}
+    assert found["flash"] == ("failed", ("this kernel never works",))
+    assert found["math"][0] == "agrees"
+    assert not matrix.agrees
 
 
 def test_refusals_have_every_reason_and_a_backend_that_cannot_run_is_listed(provide, monkeypatch):

@@ -268,7 +268,7 @@ def test_what_is_called_deterministic_repeats_bit_for_bit_thirty_times(name):
         for lowered, one, found_schedule, candidate in _options(spec, target(), "auto", "auto"):
             if (one.name, found_schedule.name) != (backend.name, schedule.name) or candidate.reasons:
                 continue
-            plan = Plan(spec, target(), Found(lowered, candidate, one, found_schedule, (candidate,)), {})
+            plan = Plan(spec, target(), Found(lowered, candidate, one, found_schedule, (candidate,)), {}, strict=True)
             call = Call.of(spec, batch=2, device="cuda")
             first = call.got(plan)
             for _ in range(30):

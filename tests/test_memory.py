@@ -50,7 +50,7 @@ def every_plan(spec: AttentionSpec):
     target = resolve("cpu")
     for lowered, backend, schedule, candidate in _options(spec, target, "auto", "auto"):
         if not candidate.reasons:
-            yield Plan(spec, target, Found(lowered, candidate, backend, schedule, (candidate,)), {})
+            yield Plan(spec, target, Found(lowered, candidate, backend, schedule, (candidate,)), {}, strict=True)
 
 
 def assert_predicted(plan: Plan) -> None:

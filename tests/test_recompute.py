@@ -29,7 +29,7 @@ def recomputed(plan: Plan) -> Plan:
     steps = (*plan.steps, Step(Recompute(), len(plan.graph), len(graph), 0.0, graph))
     candidate = Candidate(plan.strategy, plan.backend, plan.schedule, plan.predicted)
     found = Found(Lowered(plan.strategy, graph, steps), candidate, plan._backend, plan._schedule, (candidate,))
-    return Plan(plan.spec, plan.target, found, {})
+    return Plan(plan.spec, plan.target, found, {}, strict=True)
 
 
 @pytest.mark.parametrize("rule", ["mean", "lse-detached", "lse"])

@@ -24,7 +24,7 @@ def compiled_plans(spec):
     target = resolve("cpu")
     for found_lowered, backend, schedule, candidate in _options(spec, target, "compiled", "auto"):
         if backend.name == "compiled" and not candidate.reasons:
-            yield Plan(spec, target, Found(found_lowered, candidate, backend, schedule, (candidate,)), {})
+            yield Plan(spec, target, Found(found_lowered, candidate, backend, schedule, (candidate,)), {}, strict=True)
 
 
 COMPILED = {
@@ -208,4 +208,4 @@ def ways_with_compiled(spec):
     target = resolve("cuda")
     for candidate, found in every_way(spec, target):
         if found is not None and candidate.backend != "reference":
-            yield candidate, Plan(spec, target, found, {})
+            yield candidate, Plan(spec, target, found, {}, strict=True)

@@ -164,6 +164,8 @@ def _masks_reason(op: Attend, q: RowMap, k: RowMap, shape: Shape) -> str:
         found = tile_counts(op, q, k, shape)
         if not found.partial:
             return "is for partial tiles, and all are whole"
+        if found.batched:
+            return f"calls one mask function for the whole batch, {op.where!r} keeps other keys in each element of it"
         needed = 4 * (places * found.classes + found.masks * tall * wide)
         if needed <= MOST_LOOKED_UP:
             return ""
@@ -179,6 +181,8 @@ class TileCounts(NamedTuple):
     partial: int
     masks: int
     classes: int
+    batched: bool
+    """Whether batch elements have tiles of their own."""
 
 
 @lru_cache(maxsize=256)
@@ -192,7 +196,8 @@ def tile_counts(op: Attend, q: RowMap, k: RowMap, shape: Shape) -> TileCounts:
     grid = Grid(q.row + op.shift, q.length, k.row, k.length, op.tile)
     table = block_table(op.where, shape, op.tile, grid=grid, heads=heads)
     partial = int((~table.full).sum())
-    return TileCounts(len(table.column), partial, int(table.kind.max(initial=0)), int(table.classes.max()) + 1)
+    masks, classes = int(table.kind.max(initial=0)), int(table.classes.max()) + 1
+    return TileCounts(len(table.column), partial, masks, classes, len(table.classes) > 1)
 
 
 def dotted(capability: Capability) -> str:
