@@ -106,7 +106,7 @@ def plain(setting: Setting, ledger: Ledger) -> None:
             by_hand = raw(plan, q, k, v)
             both = {"plan": partial(plan, q, k, v), "raw": by_hand}
             times = race(both, setting.rounds, on_gpu=setting.on_gpu)
-            waits = host(both, setting.rounds, 10, on_gpu=setting.on_gpu)
+            waits = host(both, 9, 40, on_gpu=setting.on_gpu)
             return {
                 **flat(times),
                 "ratio": times["plan"]["seconds"] / times["raw"]["seconds"],

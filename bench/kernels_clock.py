@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from attnplan.packages import PACKAGES, installed
+from attnplan.runtime.clock import uncollected
 from bench.deadline import deadline
 
 Call = Callable[[], Any]
@@ -58,15 +59,16 @@ def _on_cpu(run: Call) -> float:
 def host(contestants: dict[str, Call], rounds: int, calls: int, *, on_gpu: bool) -> dict[str, float]:
     """Return the median host time of a call, several of them one after the other without waiting for the device."""
     found: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, run in contestants.items():
-            run()
-            if on_gpu:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(calls):
+    with uncollected():
+        for _ in range(rounds):
+            for name, run in contestants.items():
                 run()
-            found[name].append((time.perf_counter() - start) / calls)
+                if on_gpu:
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                for _ in range(calls):
+                    run()
+                found[name].append((time.perf_counter() - start) / calls)
     if on_gpu:
         torch.cuda.synchronize()
     return {name: statistics.median(times) for name, times in found.items()}

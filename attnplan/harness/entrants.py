@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -131,7 +132,7 @@ def contestants(spec: AttentionSpec, target: Target, asked: Asked) -> tuple[list
         elif candidate.prediction.peak_bytes > asked.memory:
             rows.append({**facts, "skipped": f"needs {candidate.prediction.peak_bytes / 2**30:.1f} GiB"})
         else:
-            plan = Plan(spec, target, way, {"backend": candidate.backend})
+            plan = Plan(spec, target, way, {"backend": candidate.backend}, strict=True)
             found.append(Contestant(candidate.name, plan, facts))
     return found, rows
 
@@ -337,6 +338,7 @@ def _memory(call: Call, before: int) -> Row:
 
     ``allocated`` holds the output, and with a backward the gradients; tables that a plan keeps count in both.
     """
+    gc.collect(1)  # gradients of the first call that a cycle holds
     kept = _allocated(True) - before
     torch.cuda.empty_cache()
     reserved = torch.cuda.memory_reserved()
