@@ -133,10 +133,13 @@ def _one(
     buffers = flash_cpu(tall, one.width * wide, q.features, item, acc) if kind == "cpu" else 0
     if not backward:
         return max(2 * bias + masks, bias + result + buffers, 2 * result), gathered + queries
-    grads = columns * kv_heads * ((k.features + v.features) * item + v.features * acc)
+    grads = columns * kv_heads * (k.features + v.features) * item
     if kind == "cuda":  # copies of output and gradient in their order, and dq in float32
         buffers = rows * q.features * (2 * item + 4) // 3
-    return max(2 * bias + masks, bias + 2 * result + grads + 3 * buffers), gathered + 3 * queries
+    running = max(2 * bias + masks, bias + 2 * result + grads + 3 * buffers), gathered + 3 * queries
+    added = columns * kv_heads * max(k.features, v.features) * (item + acc)  # tile by tile, then in the sums' dtype
+    adding = result + grads + added, 3 * queries  # what was gathered is gone
+    return max(running, adding, key=sum)
 
 
 def _masks(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec, few: int) -> int:

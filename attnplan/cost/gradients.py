@@ -46,7 +46,8 @@ class Program(Live):
         saved = self._saved()
         computed = self.inference() + Memory(workspace=self.output_bytes) if saved else Memory()
         backward = self._backward() + Memory(workspace=self.all_masks, saved=saved)
-        return larger(computed, backward.beside(0 if self.placed else self.gradient_bytes))
+        parts = self.placed and not isinstance(self.result.op, Attend)  # gradients of parts, which a join writes out
+        return larger(computed, backward.beside(0 if parts else self.gradient_bytes))
 
     def of_piece(self) -> Memory:
         """Return the peak of the backward of one attend that is given output and LSE, and returns its own gradients."""

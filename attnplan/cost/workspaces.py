@@ -58,11 +58,9 @@ NEEDS: Mapping[str, Needs] = {
     "fa2": Needs(in_order=False),
     "fa3": Needs(in_order=False, features=(64, 64), splits=""),
     "fa4": Needs(in_order=False, rows_first=True, features=(64, 64), splits="documents", sums_keys=True),
-    "xformers-flash": Needs(shows_keys=True, marks_empty=True),
-    "xformers-cutlass": Needs(
-        rows_first=True, features=(64, 64), wide=True, splits="", shows_keys=True, blanks=True, marks_empty=True
-    ),
-    "xformers-split-k": Needs(rows_first=True, splits="all", shows_keys=True, marks_empty=True),
+    "xformers-flash": Needs(shows_keys=True),
+    "xformers-cutlass": Needs(rows_first=True, features=(64, 64), wide=True, splits="", shows_keys=True, blanks=True),
+    "xformers-split-k": Needs(rows_first=True, splits="all", shows_keys=True),
     "flex": Needs(in_order=False, sums=False, splits="few", marks_empty=True),
     "flex-flash": Needs(in_order=False, features=(64, 64), splits="few", marks_empty=True),
 }
