@@ -111,7 +111,8 @@ def read(paths: Sequence[Path]) -> tuple[Device, list[Judged], int]:
         heads.append(head)
         for row in rows:
             if "seconds" in row and row.get("ok"):
-                found.setdefault(row["spec"], {}).setdefault(row["candidate"], row)
+                run = f"{path.stem}: {row['spec']}"
+                found.setdefault(row["spec"], {}).setdefault(row["candidate"], {**row, "run": run})
     devices = {device_of(h).name: device_of(h) for h in heads}
     if len(devices) != 1:
         raise SystemExit(f"rows of one device, please: these are of {', '.join(devices)}")
@@ -160,7 +161,7 @@ def priceable(case: Case, device: Device) -> dict[str, Known]:
     return found
 
 
-OVER_BY_HAND = 2.5e-5
+OVER_BY_HAND = 1.2e-5
 """Seconds of the host that a plan adds to the call by hand: bench/results/gpu-backends-fa4-h100.json, cuDNN."""
 STAND_INS = {"by hand: cudnn": "dense > eager (cudnn)", "by hand: fa4": "dense > flash (fa4)"}
 
@@ -172,7 +173,7 @@ def _stand_ins(rows: Mapping[str, Row], known: Mapping[str, Known]) -> Iterator[
             on_device = alone(row["seconds"], row["device"], row["host"])
             _, setting, kernel, *_ = known[name]
             host = row["host"] + OVER_BY_HAND if row["burst"] > 1 else None  # alone, it slept before
-            yield Sample.of(loads(setting), setting.spec, kernel, None, on_device, host)
+            yield Sample.of(loads(setting), setting.spec, kernel, None, on_device, host, run=row["run"])
 
 
 UNLED = {False: 0.8, True: 0.3}
@@ -187,7 +188,7 @@ def _sample(row: Row, setting: Any, kernel: Any, device: Device) -> Sample:
             exposed = UNLED[setting.spec.training] / row["burst"]
         waited = 0.0 if row["device"] else exposed * host
         on_device = alone(row["seconds"] - waited, row["device"], host)
-    return Sample.of(loads(setting), setting.spec, kernel, row["seconds"], on_device, host, exposed)
+    return Sample.of(loads(setting), setting.spec, kernel, row["seconds"], on_device, host, exposed, row["run"])
 
 
 def predicted(way: Timed, device: Device, table: Parameters) -> float:

@@ -33,6 +33,10 @@ NOISE = 0.15
 COMMON_PULL = 0.2
 """By how much the common factors are pulled towards 1, against what numbers of their own are."""
 HOST_WEIGHT = 0.5
+BOUND = 0.9
+"""Share of a call from which the host's time decides what it takes."""
+DOUBT = 1.0
+"""Measurements that a run's pace is held against, as if they had been made at the usual one."""
 HOST_SEEN = 0.3
 """Share of a call below which the host's time is not fitted: it slept while the device worked, and wakes slowly."""
 ROUNDS, STEPS = 5, 4
@@ -61,6 +65,8 @@ class Sample:
     """Seconds of the host; None where the host is the device."""
     exposed: float = 0.0
     """Share of the shorter of the device's and the host's time that :attr:`seconds` holds beside the longer."""
+    run: str = ""
+    """What was measured by turns with it, on a host that worked at one pace; nothing if that is not known."""
 
     @classmethod
     def of(
@@ -72,10 +78,11 @@ class Sample:
         alone: float | None = None,
         host: float | None = None,
         exposed: float = 0.0,
+        run: str = "",
     ) -> Sample:
         """Return a sample of what costs anything."""
         kept = tuple(x for x in loads if x.forward is not FREE or x.backward is not FREE)
-        return cls(kept, spec, kernel, seconds, alone, host, exposed)
+        return cls(kept, spec, kernel, seconds, alone, host, exposed, run)
 
     def predicted(self, device: Device, table: Parameters) -> tuple[float, float, float]:
         """Return the seconds that a table predicts: of what was measured, of the device alone, and of the host."""
@@ -92,6 +99,15 @@ class Sample:
             yield log(max(1e-9, alone) / self.alone), 1.0
         if self.host is not None and self.host > HOST_SEEN * (self.seconds or 0.0):
             yield log(host / self.host), HOST_WEIGHT
+
+    def at_usual_pace(self, pace: float) -> Sample:
+        """Return what would have been measured had the host not taken ``pace`` times as long as it usually does."""
+        if self.host is None or pace == 1.0:
+            return self
+        host, seconds = self.host / pace, self.seconds
+        if seconds is not None and self.host > BOUND * seconds:
+            seconds = max(self.alone or 0.0, seconds - self.host + host)
+        return attrs.evolve(self, host=host, seconds=seconds)
 
 
 HIDDEN = 0.5
@@ -137,22 +153,30 @@ def fitted(samples: Sequence[Sample], device: Device, start: Parameters) -> tupl
     published = start.numbers()
     table = _together(samples, device, start)
     origin = table.numbers()
-    by_kernel: dict[str, list[Sample]] = {}
-    for sample in samples:
-        by_kernel.setdefault(sample.kernel.key, []).append(sample)
     for _ in range(ROUNDS):
-        for key, own in by_kernel.items():
+        paced = _at_usual_pace(samples, device, table)
+        for key in dict.fromkeys(s.kernel.key for s in paced):
             names = [(n,) for n in origin if n.startswith(f"kernels/{key}/")]
-            table = _stepped(names, own, device, table, origin)
+            table = _stepped(names, [s for s in paced if s.kernel.key == key], device, table, origin)
         shared = [(n,) for n in origin if not n.startswith("kernels/")]
-        table = _stepped(shared, samples, device, table, origin)
+        table = _stepped(shared, paced, device, table, origin)
     numbers = {n: float(f"{x:.5g}") for n, x in table.numbers().items() if abs(log(x / published[n])) > 1e-4}
     return start.replaced(numbers, CALIBRATED), numbers
 
 
+def _at_usual_pace(samples: Sequence[Sample], device: Device, table: Parameters) -> list[Sample]:
+    """Return samples without what their runs have in common: a host is up to twice as slow in some as in others."""
+    errors: dict[str, list[float]] = {}
+    for sample in samples:
+        if sample.run and sample.host is not None and sample.host > HOST_SEEN * (sample.seconds or 0.0):
+            errors.setdefault(sample.run, []).append(log(sample.host / sample.predicted(device, table)[2]))
+    paces = {run: exp(sum(found) / (len(found) + DOUBT)) for run, found in errors.items()}
+    return [s.at_usual_pace(paces.get(s.run, 1.0)) for s in samples]
+
+
 COMMON = (
     frozenset({"peak"}),
-    frozenset({"host", "backward_host", "call", "backward_call", "operator", "fused"}),
+    frozenset({"host", "backward_host", "packed", "call", "backward_call", "operator", "fused"}),
     frozenset({"memory", "copy", "join", "own_copy", "own_join", "gather"}),
 )
 """Numbers that a machine may have by one factor larger or smaller than published: rates, the host, the memory."""

@@ -220,11 +220,12 @@ class _Clock:
         return OpCost(load.node, cost, seconds, bound, min(1.0, ideal / seconds) if seconds else 0.0, host)
 
     def _host(self, load: Load, cost: Cost, own: float) -> float:
-        if load.shared or not cost.launches:
+        if load.shared or not cost.launches + cost.views:
             return 0.0
         if load.kind != "attend":
-            return cost.launches * (self.table.fused if load.own else self.table.operator)
-        return own + (cost.launches - 1) * self.table.operator
+            return (cost.launches + cost.views) * (self.table.fused if load.own else self.table.operator)
+        packed = self.kernel.packed if load.work is not None and load.work.around else 0.0
+        return own + packed + (cost.launches - 1 + cost.views) * self.table.operator
 
     def _device(self, load: Load, cost: Cost, curve: Curve, causal: float, factor: float) -> tuple[float, float, float]:
         """Return the seconds of the arithmetic, of the memory, and of starting kernels."""

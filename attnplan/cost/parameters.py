@@ -77,6 +77,8 @@ class KernelParameters:
     host: float = 3e-5
     """Seconds for which one forward call keeps the host busy."""
     backward_host: float = 6e-5
+    packed: float = 1e-6
+    """Seconds of the host that packed documents add to either, beside plain operators."""
     call: float = 2e-5
     """Seconds of the host for one call of a plan with it, beside its operators."""
     backward_call: float = 1e-4

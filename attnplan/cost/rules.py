@@ -34,6 +34,8 @@ class Cost:
     """Kernels or operators started."""
     copied: float = 0.0
     """Bytes moved by operators before and after the kernel, which no arithmetic hides."""
+    views: int = 0
+    """Operators that keep the host alone busy: views of tensors, and what a call's tables are made of."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -43,6 +45,7 @@ class Cost:
             self.comm_bytes + other.comm_bytes,
             self.launches + other.launches,
             self.copied + other.copied,
+            self.views + other.views,
         )
 
 
@@ -79,7 +82,7 @@ class Work:
     longest_compared: float = 0.0
     """The same of the row with the most of them."""
     around: int = 0
-    """Plain operators beside the kernel, for what it does not do by itself in a window or in documents."""
+    """Plain operators beside the kernel, which lay documents end to end for it."""
 
     @property
     def even(self) -> bool:
@@ -167,7 +170,16 @@ def _attend(node: Node, setting: Setting) -> Cost:
         exps=pairs,
         bytes=moved + _kept(op, pairs, setting),
         launches=(1 + around) * _steps(op, rows, columns),
+        views=_views(node, setting) + _OF_WINDOWS * work.windowed,
     )
+
+
+def _views(node: Node, setting: Setting) -> int:
+    """Return how many operators take as long as the views of an attend's rows where they stand."""
+    if setting.kernel.fuses:
+        return _OF_FUSED
+    taken = [n.id for n in setting.graph.args(node) if isinstance(n.op, Take)]
+    return _OF_ROWS * (bool(taken) and not setting.copied.intersection(taken))
 
 
 def _kept(op: Attend, pairs: float, setting: Setting) -> float:
@@ -181,9 +193,13 @@ def _steps(op: Attend, rows: int, columns: int) -> int:
     return 1 if op.loop is None else -(-rows // op.loop[0]) * -(-columns // op.loop[1])
 
 
-_OF_DOCUMENTS, _OF_WINDOWS, _OF_MASKS = 6, 1, 8
-"""Operators that lay documents end to end, that turn tensors for a window (views, which take as long as one together),
-and that make of a boolean mask one that is added and blank rows without a key."""
+_OF_DOCUMENTS, _OF_MASKS = 6, 8
+"""Operators that lay documents end to end, and that make of a boolean mask one that is added and blank rows without a
+key."""
+_OF_WINDOWS, _OF_ROWS, _OF_FUSED, _OF_LISTS, _OF_TABLES, _OF_GRADIENTS = 1, 1, 3, 4, 185, 5
+"""As many operators take as long as the views that turn tensors for a window, as those that take rows where they stand,
+the same in a program of Inductor's, as lists of tiles on their way to a kernel, as what makes a table of tiles for one
+call, and as what a backward does with each tensor whose rows were gathered."""
 
 
 def attend_work(node: Node, setting: Setting) -> Work:
@@ -228,9 +244,7 @@ def attend_work(node: Node, setting: Setting) -> Work:
     seen = padded if keys == columns else rows
     masked = native is None and condition == "mask"
     flops, group = 2 * blocks * seen * keys * both, setting.spec.heads // setting.spec.kv_heads
-    around = 0
-    if native is not None and (native.documents or native.window != EVERYTHING):
-        around = _OF_DOCUMENTS if native.documents else _OF_WINDOWS
+    around = _OF_DOCUMENTS * (native is not None and native.documents)
     return Work(blocks, rows, keys, longest, widest, flops, masked, windowed, group, around=around)
 
 
@@ -252,8 +266,11 @@ def window_pairs(rows: int, columns: int, window: Window) -> int:
     return keys_before(shift + right + 1) - keys_before(shift - left)
 
 
-def _tiled_attend(node: Node, setting: Setting) -> Cost:
-    """Price an attend over tiles: each tile's keys are gathered, and most of its mask is made anew in each call."""
+def _tiled_attend(node: Node, setting: Setting, *, skips: bool | None = None) -> Cost:
+    """Price an attend over tiles: each tile's keys are gathered, and most of its mask is made anew in each call.
+
+    Unless the kernel itself ``skips`` those that are not kept, as its description says.
+    """
     op = node.op
     assert isinstance(op, Attend)
     assert op.tile is not None
@@ -262,7 +279,8 @@ def _tiled_attend(node: Node, setting: Setting) -> Cost:
     pairs, heads = kept * op.tile[0] * op.tile[1], prod(q.type.rows.sizes[:-1])
     gathered = 3 * kept * op.tile[1] * (k.type.features + v.type.features) * setting.item
     masks = 4 * pairs / heads * (1 + setting.item)
-    if "blocks" in setting.kernel.native:
+    skips = "blocks" in setting.kernel.native if skips is None else skips
+    if skips:
         gathered = masks = 0
     permuted = 2 * sum(value_bytes(n, setting) for n in (q, k, v, node)) if op.boxes else 0
     return Cost(
@@ -270,9 +288,8 @@ def _tiled_attend(node: Node, setting: Setting) -> Cost:
         exps=pairs,
         bytes=sum(value_bytes(n, setting) for n in (q, k, v, node)),
         copied=gathered + masks + permuted,
-        launches=1
-        if "blocks" in setting.kernel.native
-        else launches_of_tiles(q.type.rows.length, kept, heads, op.tile),
+        launches=1 if skips else launches_of_tiles(q.type.rows.length, kept, heads, op.tile),
+        views=_OF_LISTS * skips + _OF_TABLES * (bool(op.where.operands) or op.shift is None),
     )
 
 
@@ -363,15 +380,20 @@ def backward_cost(node: Node, setting: Setting) -> Cost:
     graph, op = setting.graph, node.op
     if isinstance(op, Attend):
         launches = 2 * forward.launches + 2
+        if op.tile is not None and "tile-masks" in setting.kernel.native:  # partial tiles are gathered, as for others
+            forward = _tiled_attend(node, setting, skips=False)
+            launches = 2 * forward.launches + 2
+        rest = (0.0, launches, 2 * forward.copied, forward.views)
         kept = _kept(op, forward.exps, setting)
         if kept:
-            moved = 2.5 * (forward.bytes - kept) + kept
-            return Cost(2 * forward.flops, 0, moved, 0.0, launches, 2 * forward.copied)
+            return Cost(2 * forward.flops, 0, 2.5 * (forward.bytes - kept) + kept, *rest)
         if setting.kernel.materialises:  # the scores are there
-            return Cost(2 * forward.flops, 0, 1.5 * forward.bytes, 0.0, launches, 2 * forward.copied)
-        return Cost(2.5 * forward.flops, forward.exps, 2.5 * forward.bytes, 0.0, launches, 2 * forward.copied)
+            return Cost(2 * forward.flops, 0, 1.5 * forward.bytes, *rest)
+        return Cost(2.5 * forward.flops, forward.exps, 2.5 * forward.bytes, *rest)
     pulls = any(getattr(n.op, "pull", False) for n in graph)
     elements = node.type.rows.elements_count * setting.batch * node.type.features if node.type else 0
+    if isinstance(op, Take) and pulls and node.id in setting.copied and node.id not in setting.together:
+        return Cost(views=_OF_GRADIENTS)
     if isinstance(op, Take) and not pulls:
         again = 2 * elements * setting.item if node.id in setting.copied else 0
         return Cost(bytes=elements * (setting.item + 2 * setting.accumulator) + again, launches=1 + bool(again))
