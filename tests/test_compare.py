@@ -84,7 +84,7 @@ SMALL = AttentionSpec(seq_len=2048, heads=2, head_dim=64, causal=True, dtype="fl
 
 
 def test_a_diff_between_two_bases_says_so_and_compares_on_one(calibrated):
-    a, b = attnplan.compile(SMALL, "cpu"), attnplan.compile(SMALL, "h100")
+    a, b = attnplan.compile(SMALL, "cpu"), attnplan.compile(SMALL, "a100")
     found = compare.diff(a, b)
     assert found["basis"] == ["calibrated", "data sheet"]
     sheet = found["data_sheet_seconds"]
@@ -211,7 +211,7 @@ def test_what_if_lists_plans_and_refusals():
 
 
 def test_a_table_compares_on_one_basis(calibrated):
-    rows = what_if.what_if(SMALL, {"device": "cpu"}, [{"device": "h100"}, {"batch": 2}])
+    rows = what_if.what_if(SMALL, {"device": "cpu"}, [{"device": "a100"}, {"batch": 2}])
     assert [r.plan.predicted.basis for r in rows] == ["calibrated", "data sheet", "calibrated"]
     lines = what_if.render(rows).splitlines()
     assert "by the data sheet" in lines[0]
@@ -232,7 +232,7 @@ def test_a_row_says_what_it_is_looped_over(spec_file):
 
 
 def test_what_if_on_the_command_line(spec_file):
-    done = run("explain", spec_file, "--device", "h100", "--what-if", "device=a100", "--what-if", "max_memory=4gib")
+    done = run("explain", spec_file, "--device", "b200", "--what-if", "device=a100", "--what-if", "max_memory=4gib")
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
     assert [line.split("  ")[0] for line in lines[1:-1]] == ["as it is", "device=a100", "max_memory=4 GiB"]
@@ -293,7 +293,7 @@ def test_a_refused_suggestion_says_that_pieces_may_fit():
     assert "refused   the smallest plan in one piece, " in text
     assert "try" not in text
     assert text.splitlines()[-2:] == [
-        "predictions: data sheet",
+        "predictions: calibrated elsewhere",
         "what is refused may run in pieces: `attnplan explain --max-memory` says at what price",
     ]
     assert "in pieces" not in suggest.render([s for s in found if s.plan])

@@ -95,9 +95,9 @@ def test_an_empty_mask_says_so():
 
 
 def test_the_page_says_where_hardware_is_and_what_figures_rest_on():
-    page = attnplan.compile(AttentionSpec(seq_len=4096, heads=8, head_dim=64, causal=True), "h100").explain()
+    page = attnplan.compile(AttentionSpec(seq_len=4096, heads=8, head_dim=64, causal=True), "a100").explain()
     lines = page.splitlines()
-    assert lines[2] == "device     NVIDIA H100 SXM5 80 GB (not here: packages assumed present)"
+    assert lines[2] == "device     NVIDIA A100 SXM4 80 GB (not here: packages assumed present)"
     assert " (data sheet)    peak " in lines[4]
     assert any(line.startswith("           of the peak: ") for line in lines)
 

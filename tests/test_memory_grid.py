@@ -37,7 +37,7 @@ def judged():
 
 def test_no_peak_of_the_grid_is_predicted_too_low_and_few_too_high(judged):
     found = list(peaks_of(judged))
-    assert len(found) > 1500
+    assert len(found) > 1400
     below = [x for x in found if x.verdict == "below"]
     ways = {(x.way.name.partition(" > ")[2], x.way.name.partition(" > ")[0]) for x in below}
     assert ways <= BELOW, table(judged)
@@ -55,7 +55,6 @@ LESS = [
     ("efficient", {"shows_keys": False}),
     ("efficient", {"in_order": False}),
     ("xformers-split-k", {"splits": ""}),
-    ("xformers-cutlass", {"marks_empty": False}),
 ]
 
 

@@ -249,7 +249,7 @@ def test_a_what_if_row_says_its_choice_and_basis(plan, written):
     rows = re.findall(r"<tr>(.*?)</tr>", written.partition("<h2>What if</h2>")[2].partition("</table>")[0])
     assert len(rows) >= 4
     assert ">basis<" in rows[0]
-    assert all("data sheet" in row or "Error" in row for row in rows[1:])
+    assert all("data sheet" in row or "calibrated elsewhere" in row or "Error" in row for row in rows[1:])
     assert html.escape(plan.choice) in rows[1]
     assert re.search(r">x [\d.]+<", rows[2])
 
