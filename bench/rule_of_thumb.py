@@ -145,7 +145,7 @@ def placed(page: str, data: Mapping[str, Any]) -> str:
 
 def show(data: Mapping[str, Any], console: Console) -> None:
     """Print the table."""
-    table = Table(title=f"{data['environment']['device']}, {HEADS} heads, bfloat16, causal, forward; data sheet")
+    table = Table(title=f"{data['environment']['device']}, {HEADS} heads, bfloat16, causal, forward; predicted")
     for name in HEADER:
         table.add_column(name, justify="right" if name in ("tokens", "pairs", "time", "peak") else "left")
     body, notes = lines(data)

@@ -99,7 +99,7 @@ class Results:
 
 # ------------------------------------------------------------------------------------------------------------ backends
 
-EARLIER = "rows of an earlier version"
+EARLIER, BEFORE = "rows of an earlier version", "a run before"
 PLAIN = (
     ("eager (cudnn)", "kernels-xformers-h100"),
     ("eager (flash)", "kernels-xformers-h100"),
@@ -131,7 +131,7 @@ def backends(results: Results) -> Iterator[Target]:
     yield refusals(results)
     for schedule, file in PLAIN:
         row = results.row(file, what="plain causal", plan=f"dense > {schedule}")
-        old = EARLIER if schedule.startswith("xformers") else ""
+        old = EARLIER if file.startswith("gpu-backends") else ""
         share = 100 * (row["ratio"] - 1) if row else None
         yield at_most(f"plain causal, `{schedule}`: over the raw kernel", share, 1.0, old, unit=" %", digits=2)
         host = row.get("microseconds over raw", 1e6 * row["host over raw"] if "host over raw" in row else None)
@@ -142,6 +142,7 @@ def backends(results: Results) -> Iterator[Target]:
     best = min(plans, key=lambda r: r["plan seconds"], default=None)
     ms = 1e3 * best["plan seconds"] if best else None
     note = f"by `{best['plan']}`; where it goes: [backends](backends.md#what-was-measured-on-an-h100)" if best else ""
+    note += f"; {BEFORE}" if best and best.get("earlier") else ""
     yield at_most("Longformer over 65,536 tokens", ms, 2.4, note, unit=" ms", digits=2)
 
 
@@ -161,14 +162,16 @@ def blocks(results: Results) -> Iterator[Target]:
     for keep, share in OF_DENSE.items():
         row = results.row(name, what="random blocks", keep=keep)
         over = 100 * (row["ratio"] - 1) if row else None
-        yield at_most(f"random blocks, {keep:g} kept: over `fa4` by hand", over, 2.0, "", unit=" %", digits=1)
+        old = BEFORE if row.get("earlier") else ""
+        yield at_most(f"random blocks, {keep:g} kept: over `fa4` by hand", over, 2.0, old, unit=" %", digits=1)
         if share is not None:
             of = row.get("of the ideal")
             note = f"{row['faster than dense']:.1f} times as fast as dense" if row else ""
             yield at_least(f"random blocks, {keep:g} kept: speed over dense, of 1 / kept", of, share, note, digits=2)
     row = results.row(name, what="causal window 4096", plan="dense > flash (fa4)")
     over = 100 * (row["ratio"] - 1) if row else None
-    yield at_most("causal window 4,096: over `fa4` by hand", over, 2.0, "", unit=" %", digits=2)
+    old = BEFORE if row.get("earlier") else ""
+    yield at_most("causal window 4,096: over `fa4` by hand", over, 2.0, old, unit=" %", digits=2)
 
 
 # ------------------------------------------------------------------------------------------------------------ compiled
@@ -220,7 +223,8 @@ def memory(results: Results) -> Iterator[Target]:
     """Return the targets of memory budgets, virtual rings, streams and recomputing."""
     for device, name in (("H100", "memory-h100"), ("CPU", "memory-cpu")):
         yield from budgets(results, device, name)
-    yield from rings_on_one_device(results)
+    for device in ("CPU", "H100"):
+        yield from rings_on_one_device(results, device)
     rows = [r for r in results.rows("budget-curve-h100") if "seconds" in r and r["rows_of_piece"] >= 4096]
     worst = max(rows, key=lambda r: r["over_twice_the_budget"], default={})
     why = "why: [memory](memory.md#what-a-budget-costs)"
@@ -267,28 +271,27 @@ def budgets(results: Results, device: str, name: str) -> Iterator[Target]:
     yield at_most(f"{device}: predicted above 1.3 x and 16 MiB more than measured", value, 0, note, digits=0)
 
 
-def rings_on_one_device(results: Results) -> Iterator[Target]:
-    name = "seed-table-cpu"
+def rings_on_one_device(results: Results, device: str) -> Iterator[Target]:
+    name = f"seed-table-{device.lower()}"
+    rows = [r for r in results.rows(name) if "working_share" in r]
     for ring in (2, 4, 8, 16):
-        found = [r for r in results.rows(name) if r["ring"] == ring and r["kernel"] == "materialising"]
+        found = [r for r in rows if r["ring"] == ring and r["kernel"] == "materialising"]
         share = max((r["working_share"] for r in found), default=None)
-        yield at_most(
-            f"CPU, materialised scores, ring {ring}: working memory of ring 1's", share, 1 / ring + 0.05, "the largest"
-        )
+        what = f"{device}, materialised scores, ring {ring}: working memory of ring 1's"
+        yield at_most(what, share, 1 / ring + 0.05, f"the largest of {len(found)}")
     kinds = {
         "materialising": "materialised scores",
         "planned": "flash kernels",
         "gathered": "flash kernels, all keys gathered",
     }
     for kernel, what in kinds.items():
-        found = [r for r in results.rows(name) if r["ring"] == 16 and r["kernel"] == kernel]
+        found = [r for r in rows if r["ring"] == 16 and r["kernel"] == kernel]
         worst = max(found, key=lambda r: r["time_share"], default={})
         note = f"{worst['name']}, {worst['tokens']:,} tokens" if worst else ""
         if "kernels_share" in worst:  # what no change around the kernels can reach
             calls = f"its {worst['launches']} kernels" if worst["launches"] > 1 else "its kernel"
             note += f"; {calls}, by hand on the same pieces, alone: {worst['kernels_share']:.2f}"
-        yield at_most(f"CPU, {what}: time of ring 16 over ring 1", worst.get("time_share"), 1.10, note, digits=2)
-    yield Target("H100: the same tables", "as above", None, None, "`python -m bench.seed_table --gpu`")
+        yield at_most(f"{device}, {what}: time of ring 16 over ring 1", worst.get("time_share"), 1.10, note, digits=2)
 
 
 # --------------------------------------------------------------------------------------------------------------- rings

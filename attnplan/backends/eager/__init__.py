@@ -134,8 +134,9 @@ def _fused(graph: Graph, spec: AttentionSpec, schedule: Schedule, device: Device
         yield f"FlashAttention-2 has no backward for head_dim {spec.head_dim} {where}"
     if schedule.name == "cudnn":
         for node, _ in graph.of(Attend):
-            if graph[node.args[1]].type.rows.length == 1:
-                yield f"cuDNN takes no single key, %{node.id} has one"
+            q, k = (graph[a].type.rows.length for a in node.args[:2])
+            if q == k == 1:
+                yield f"cuDNN takes no single query with a single key, %{node.id} has these"
                 return
 
 
