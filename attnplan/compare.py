@@ -45,7 +45,7 @@ def diff(a: Plan, b: Plan) -> dict[str, Any]:
     >>> spec = attnplan.AttentionSpec(seq_len=4096, heads=8, head_dim=64, causal=True, dtype="float16")
     >>> found = diff(attnplan.compile(spec, "h100"), attnplan.compile(spec, "t4"))
     >>> found["device"], found["basis"]
-    (['h100', 't4'], ['data sheet', 'data sheet'])
+    (['h100', 't4'], ['calibrated elsewhere', 'data sheet'])
     """
     for plan in (a, b):
         require_one_device(plan, "a diff")

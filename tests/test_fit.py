@@ -111,3 +111,70 @@ def test_a_fit_finds_the_numbers_that_made_the_times():
     assert all(x == pytest.approx(1) for n, x in moved.items() if "half" in n or "causal" in n)
     off = [abs(e) for s in samples for e, _ in s.errors(device, table)]
     assert max(off) < 0.1
+
+
+def test_what_a_run_has_in_common_says_nothing_of_one_kernel():
+    """One kernel was measured on slow hosts, the other on quick ones, both beside a third."""
+    device, published = catalogue()["h100"], defaults("cuda")
+    truth = published.replaced({"kernels/cudnn/host": 9e-5}, CALIBRATED)
+
+    def samples(named):
+        found = []
+        for number, rows in enumerate((64, 128, 256, 384, 512, 640, 768, 896)):
+            slow = number % 2 == 0
+            for candidate, way in every_way(AttentionSpec(seq_len=rows, heads=2, head_dim=64), resolve("h100")):
+                measured = ("cudnn" if slow else "flash", "efficient")
+                if way is not None and candidate.backend == "eager" and candidate.schedule in measured:
+                    kernel, spec = way.schedule.priced, AttentionSpec(seq_len=rows, heads=2, head_dim=64)
+                    asked = loads(Setting.of(way.lowered.graph, spec, kernel))
+                    ops, total, host = timed(asked, spec, kernel, device, truth)
+                    pace, alone = (1.6 if slow else 0.8), sum(op.seconds for op in ops)
+                    seconds = max(alone, total - host + pace * host)
+                    run = f"run {number}" if named else ""
+                    found.append(Sample.of(asked, spec, kernel, seconds, alone, pace * host, run=run))
+        return found
+
+    def ratio(named):
+        kernels = fitted(samples(named), device, published)[0].kernels
+        calls = [kernels[name].host + kernels[name].call for name in ("cudnn", "flash-cuda")]
+        return calls[0] / calls[1]
+
+    want = (9e-5 + published.kernels["cudnn"].call) / (
+        published.kernels["flash-cuda"].host + published.kernels["flash-cuda"].call
+    )
+    named, unnamed = ratio(named=True), ratio(named=False)
+    assert named < 1.4 * want
+    assert unnamed > 1.7 * want
+
+
+def host_of(spec, name, table=None):
+    way = next(w for c, w in every_way(spec, resolve("h100")) if c.name == name)
+    kernel = way.schedule.priced
+    found = loads(Setting.of(way.lowered.graph, spec, kernel))
+    return timed(found, spec, kernel, catalogue()["h100"], table or defaults("cuda"))[2], found
+
+
+def test_what_the_host_does_for_rows_lists_and_documents_is_priced_and_takes_nothing_of_the_device():
+    table = defaults("cuda")
+    ladder = AttentionSpec(seq_len=4096, heads=4, head_dim=64, dtype="bfloat16", pattern=P.longnet([512, 1024], [1, 2]))
+    attends = {name: [x for x in host_of(ladder, f"{name} > eager (cudnn)")[1] if x.work] for name in
+               ("lattice-views", "lattice-batch")}  # fmt: skip
+    assert [x.forward.views for x in attends["lattice-views"]] == [1] * len(attends["lattice-views"])
+    assert not any(x.forward.views for x in attends["lattice-batch"])
+    fused = host_of(ladder, "lattice > compiled (sdpa-cudnn)")[1]
+    assert {x.forward.views for x in fused if x.work} == {3}
+    gathered = host_of(attrs.evolve(ladder, training=True), "lattice-batch > eager (cudnn)")[1]
+    assert [x.backward.views for x in gathered if x.kind == "take" and x.forward.launches] == [5]
+
+    plain = AttentionSpec(seq_len=4096, heads=4, head_dim=64, dtype="bfloat16", causal=True)
+    packed = attrs.evolve(plain, pattern=P.documents())
+    for name, more in (("dense > flash (fa4)", table.kernels["fa4"].packed), ("dense > eager (flash)", 1e-6)):
+        apart = host_of(packed, name)[0] - host_of(plain, name)[0]
+        assert apart == pytest.approx(6 * table.operator + more, rel=1e-6)
+    blocks = AttentionSpec(seq_len=4096, heads=4, head_dim=64, dtype="bfloat16",
+                           pattern=P.random_blocks(0.2, block_size=128))  # fmt: skip
+    dense = attrs.evolve(blocks, pattern=P.full())
+    apart = host_of(blocks, "blocks > flash (fa4)")[0] - host_of(dense, "dense > flash (fa4)")[0]
+    assert apart == pytest.approx(4 * table.operator)
+    (one,) = (x for x in host_of(blocks, "blocks > flash (fa4)")[1] if x.work)
+    assert one.forward.launches == 1, "views start no kernel"

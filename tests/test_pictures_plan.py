@@ -135,7 +135,7 @@ def test_every_candidate_that_can_run_is_drawn_and_refusals_are_noted():
     text = words(svg)
     assert all(c.name in text for c in curves)
     assert any("refused: FlashAttention-2 takes no mask" in t for t in text)
-    assert any(t.endswith("predicted (data sheet)") for t in text)
+    assert any(t.endswith("predicted (calibrated elsewhere)") for t in text)
     assert any(not fits for c in curves for fits in c.fits) == any(t.startswith("hollow") for t in text)
     assert not any("refused" in t for t in words(svg_of(pictures.length_figure(LONGNET, target, refusals=False))))
 

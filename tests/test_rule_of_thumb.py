@@ -84,7 +84,7 @@ def test_auto_is_never_slower_than_the_rule(rows: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("kind", ["standard", "improved", "ring", "block_sparse_ring"])
 def test_auto_is_never_slower_than_any_kind_where_all_fit(kind: str) -> None:
-    """At a length at which the device decides: on short ones the host does, and another attention has fewer launches."""
+    """At a length at which the device decides: on short ones the host does, and others have fewer launches."""
     auto, other = (attrs.asdict(bench.cell(k, 32_768)) for k in ("auto", kind))
     assert other["seconds"] is not None
     assert never_slower(auto, other)

@@ -45,7 +45,7 @@ def test_a_ring_is_compared_with_ring_1_of_the_same_turns() -> None:
 def test_the_target_stays_and_its_remark_says_what_the_kernels_take(tmp_path: Path) -> None:
     slow = row("planned", 16, time_share=1.5, kernels_share=1.125, launches=32, working_share=2.0)
     (tmp_path / "seed-table-cpu.json").write_text(json.dumps({"rows": [slow]}), encoding="utf-8")
-    found = {t.what: t for t in targets.rings_on_one_device(targets.Results(tmp_path))}
+    found = {t.what: t for t in targets.rings_on_one_device(targets.Results(tmp_path), "CPU")}
     judged = found["CPU, flash kernels: time of ring 16 over ring 1"]
     assert (judged.met, judged.limit, judged.figure) == (False, "<= 1.1", "1.50")
     assert "its 32 kernels, by hand on the same pieces, alone: 1.12" in judged.note

@@ -199,7 +199,7 @@ key."""
 _OF_WINDOWS, _OF_ROWS, _OF_FUSED, _OF_LISTS, _OF_TABLES, _OF_GRADIENTS = 1, 1, 3, 4, 185, 5
 """As many operators take as long as the views that turn tensors for a window, as those that take rows where they stand,
 the same in a program of Inductor's, as lists of tiles on their way to a kernel, as what makes a table of tiles for one
-call, and as what a backward does with each tensor whose rows were gathered."""
+call, and as what a backward does with rows that were gathered for one launch."""
 
 
 def attend_work(node: Node, setting: Setting) -> Work:
