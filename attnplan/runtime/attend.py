@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +15,7 @@ from attnplan.ir.launch import fold
 from attnplan.ir.native import EVERYTHING, Window
 from attnplan.runtime.kernels import Request, softmax_attention
 from attnplan.runtime.kernels_all import KERNELS
-from attnplan.runtime.opaque import Opaque
+from attnplan.runtime.opaque import Opaque, is_watched
 from attnplan.runtime.tables import BlockLists
 from attnplan.runtime.tile_masks import BACKWARD, SplitTiles
 from attnplan.runtime.tiles import Tiles, attend_tiles, attend_tiles_backward
@@ -24,20 +27,37 @@ _LSE_FEATURES = 8  # one would do; this keeps the feature count a multiple of wh
 Mask = Tensor | Tiles | BlockLists | SplitTiles | None
 
 
-class _Folding:
-    """Folds tensors ``[B, *axes, R, D]`` into ``[N, M, R, D]`` and back, as views where strides allow."""
+Lies = tuple[torch.Size, tuple[int, ...]]
+"""How a tensor lies in memory: its shape and its strides."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, groups: bool) -> None:
+
+class _Folding:
+    """Folds tensors ``[B, *axes, R, D]`` into ``[N, M, R, D]`` and back, as views where strides allow.
+
+    It depends on how q, k and v lie, and holds none of them. How a view of a tensor lies is found once for each way in
+    which a tensor may lie: the operators that find it take longer than many kernels run.
+    """
+
+    def __init__(self, q: Lies, k: Lies, v: Lies, groups: bool) -> None:
         self.groups = groups
         """Whether heads that share keys get one head of keys, not a view of it for each."""
-        self.sizes = q.shape[:-2]
-        broadcast = [[0 if n == 1 else s for n, s in zip(x.shape[:-2], x.stride(), strict=False)] for x in (k, v)]
-        first, self.second = fold(self.sizes, [q.stride()[:-2], *broadcast]).groups
+        self.sizes = q[0][:-2]
+        broadcast = [[0 if n == 1 else s for n, s in zip(x[0][:-2], x[1], strict=False)] for x in (k, v)]
+        first, self.second = fold(self.sizes, [q[1][:-2], *broadcast]).groups
         self.first = (*(a for a in range(len(self.sizes)) if a not in first + self.second), *first)
         self.order = (*self.first, *self.second)
+        self._packed: dict[Lies, Lies | None] = {}
+        self._unpacked: dict[Lies, Lies | None] = {}
 
     def pack(self, x: Tensor) -> Tensor:
         """Fold ``x``, whose axes may have size 1 where it broadcasts; what heads share is not copied for each."""
+        return _viewed(x, self._pack, self._packed)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """Unfold a kernel's result ``[N, M, ...]`` to ``[B, *axes, ...]``; what heads share stays so, with M == 1."""
+        return _viewed(x, self._unpack, self._unpacked)
+
+    def _pack(self, x: Tensor) -> Tensor:
         tail = x.shape[len(self.sizes) :]
         shared = all(x.shape[a] == 1 for a in self.second)
         wide = x.expand(*(1 if shared and a in self.second else n for a, n in enumerate(self.sizes)), *tail)
@@ -46,8 +66,7 @@ class _Folding:
         packed = ordered.reshape(prod(self.sizes[a] for a in self.first), 1 if shared else count, *tail)
         return packed if self.groups else packed.expand(-1, count, *tail)
 
-    def unpack(self, x: Tensor) -> Tensor:
-        """Unfold a kernel's result ``[N, M, ...]`` to ``[B, *axes, ...]``; what heads share stays so, with M == 1."""
+    def _unpack(self, x: Tensor) -> Tensor:
         count = prod(self.sizes[a] for a in self.second)
         second = [1 if x.shape[1] != count else self.sizes[a] for a in self.second]
         unfolded = x.reshape(*(self.sizes[a] for a in self.first), *second, *x.shape[2:])
@@ -66,8 +85,34 @@ class _Unfolded:
     unpack = pack
 
 
+_folding_of = lru_cache(maxsize=512)(_Folding)
+_KEPT_VIEWS = 64
+"""Ways to lie of which a folding remembers how their views do."""
+_NEW: Any = object()
+
+
 def _folding(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> _Folding | _Unfolded:
-    return _Unfolded() if q.dim() == 4 else _Folding(q, k, v, KERNELS[kernel].groups)
+    if q.dim() == 4:
+        return _Unfolded()
+    make = _Folding if is_watched() else _folding_of  # a trace takes no cache up
+    lie_q, lie_k, lie_v = ((x.shape, x.stride()) for x in (q, k, v))
+    return make(lie_q, lie_k, lie_v, KERNELS[kernel].groups)
+
+
+def _viewed(x: Tensor, view: Callable[[Tensor], Tensor], known: dict[Lies, Lies | None]) -> Tensor:
+    """Return ``view(x)``, by one operator where that is a view and it is known how it lies."""
+    if is_watched():
+        return view(x)
+    own = (x.shape, x.stride())
+    lies = known.get(own, _NEW)
+    if lies is _NEW:
+        if len(known) >= _KEPT_VIEWS:
+            known.clear()
+        like = torch.empty_strided(*own, device="meta")
+        made = view(like)
+        shares = made.untyped_storage()._cdata == like.untyped_storage()._cdata
+        lies = known[own] = (made.shape, made.stride()) if shares else None
+    return view(x) if lies is None else x.as_strided(*lies)
 
 
 def call(
