@@ -144,6 +144,14 @@ def pace() -> float:
         return time.process_time() - start
 
 
+def beside_pace(work: Callable[[], object]) -> tuple[float, float, float]:
+    """Return the seconds of a call, those of the processor, and how much slower than :data:`PACE` Python was by it."""
+    before, start, start_cpu = pace(), time.perf_counter(), time.process_time()
+    work()
+    wall, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+    return wall, cpu, max(1.0, (before + pace()) / (2 * PACE))
+
+
 def planning(rounds: int = 9) -> dict[str, Any]:
     """Time planning LongNet over 1,000,003 tokens, 32 heads, 10 branches: lowering, passes, proofs, search.
 
@@ -154,13 +162,10 @@ def planning(rounds: int = 9) -> dict[str, Any]:
     wall, cpu, slower = [], [], []
     pace()  # the first one is slow
     for i in range(rounds):
-        before = pace()
         spec = AttentionSpec(seq_len=1_000_003, heads=32, head_dim=64, pattern=pattern, causal=True, scale=1 + i / 64)
-        start, start_cpu = time.perf_counter(), time.process_time()
-        attnplan.compile(spec, device="h100")
-        wall.append(time.perf_counter() - start)
-        cpu.append(time.process_time() - start_cpu)
-        slower.append(max(1.0, (before + pace()) / (2 * PACE)))
+        times = beside_pace(partial(attnplan.compile, spec, device="h100"))
+        for found, one in zip((wall, cpu, slower), times, strict=True):
+            found.append(one)
     return {
         "name": "planning",
         "spec": spec.to_dict(),

@@ -99,7 +99,7 @@ class Results:
 
 # ------------------------------------------------------------------------------------------------------------ backends
 
-EARLIER, BEFORE = "rows of an earlier version", "a run before"
+EARLIER = "rows of an earlier version"
 PLAIN = (
     ("eager (cudnn)", "kernels-xformers-h100"),
     ("eager (flash)", "kernels-xformers-h100"),
@@ -142,7 +142,7 @@ def backends(results: Results) -> Iterator[Target]:
     best = min(plans, key=lambda r: r["plan seconds"], default=None)
     ms = 1e3 * best["plan seconds"] if best else None
     note = f"by `{best['plan']}`; where it goes: [backends](backends.md#what-was-measured-on-an-h100)" if best else ""
-    note += f"; {BEFORE}" if best and best.get("earlier") else ""
+    note += f"; {_run_of(best)}" if best and _run_of(best) else ""
     yield at_most("Longformer over 65,536 tokens", ms, 2.4, note, unit=" ms", digits=2)
 
 
@@ -157,21 +157,24 @@ def agreement(results: Results) -> Iterator[Target]:
         yield at_most(f"disagreements with float64, with {extra}", wrong, 0, note if told else "", digits=0)
 
 
+def _run_of(row: Row) -> str:
+    """Return a remark on a row that is older than the others of its file."""
+    return "a run before" if row.get("earlier") else ""
+
+
 def blocks(results: Results) -> Iterator[Target]:
     name = "kernels-fa4-h100"
     for keep, share in OF_DENSE.items():
         row = results.row(name, what="random blocks", keep=keep)
         over = 100 * (row["ratio"] - 1) if row else None
-        old = BEFORE if row.get("earlier") else ""
-        yield at_most(f"random blocks, {keep:g} kept: over `fa4` by hand", over, 2.0, old, unit=" %", digits=1)
+        yield at_most(f"random blocks, {keep:g} kept: over `fa4` by hand", over, 2.0, _run_of(row), unit=" %", digits=1)
         if share is not None:
             of = row.get("of the ideal")
             note = f"{row['faster than dense']:.1f} times as fast as dense" if row else ""
             yield at_least(f"random blocks, {keep:g} kept: speed over dense, of 1 / kept", of, share, note, digits=2)
     row = results.row(name, what="causal window 4096", plan="dense > flash (fa4)")
     over = 100 * (row["ratio"] - 1) if row else None
-    old = BEFORE if row.get("earlier") else ""
-    yield at_most("causal window 4,096: over `fa4` by hand", over, 2.0, old, unit=" %", digits=2)
+    yield at_most("causal window 4,096: over `fa4` by hand", over, 2.0, _run_of(row), unit=" %", digits=2)
 
 
 # ------------------------------------------------------------------------------------------------------------ compiled

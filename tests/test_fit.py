@@ -122,10 +122,11 @@ def test_what_a_run_has_in_common_says_nothing_of_one_kernel():
         found = []
         for number, rows in enumerate((64, 128, 256, 384, 512, 640, 768, 896)):
             slow = number % 2 == 0
-            for candidate, way in every_way(AttentionSpec(seq_len=rows, heads=2, head_dim=64), resolve("h100")):
+            spec = AttentionSpec(seq_len=rows, heads=2, head_dim=64)
+            for candidate, way in every_way(spec, resolve("h100")):
                 measured = ("cudnn" if slow else "flash", "efficient")
                 if way is not None and candidate.backend == "eager" and candidate.schedule in measured:
-                    kernel, spec = way.schedule.priced, AttentionSpec(seq_len=rows, heads=2, head_dim=64)
+                    kernel = way.schedule.priced
                     asked = loads(Setting.of(way.lowered.graph, spec, kernel))
                     ops, total, host = timed(asked, spec, kernel, device, truth)
                     pace, alone = (1.6 if slow else 0.8), sum(op.seconds for op in ops)
@@ -147,11 +148,11 @@ def test_what_a_run_has_in_common_says_nothing_of_one_kernel():
     assert unnamed > 1.7 * want
 
 
-def host_of(spec, name, table=None):
+def host_of(spec, name):
     way = next(w for c, w in every_way(spec, resolve("h100")) if c.name == name)
     kernel = way.schedule.priced
     found = loads(Setting.of(way.lowered.graph, spec, kernel))
-    return timed(found, spec, kernel, catalogue()["h100"], table or defaults("cuda"))[2], found
+    return timed(found, spec, kernel, catalogue()["h100"], defaults("cuda"))[2], found
 
 
 def test_what_the_host_does_for_rows_lists_and_documents_is_priced_and_takes_nothing_of_the_device():

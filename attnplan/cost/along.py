@@ -17,7 +17,6 @@ class Along:
     """Stands for an array in the arithmetic of a condition, and knows along which axes that array changes."""
 
     __slots__ = ("axes", "item")
-    __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, axes: frozenset[str], item: int = INDEX) -> None:
         self.axes, self.item = axes, item

@@ -224,7 +224,7 @@ class _Clock:
             return 0.0
         if load.kind != "attend":
             return (cost.launches + cost.views) * (self.table.fused if load.own else self.table.operator)
-        packed = self.kernel.packed if load.work is not None and load.work.around else 0.0
+        packed = self.kernel.packed if load.work is not None and load.work.documents else 0.0
         return own + packed + (cost.launches - 1 + cost.views) * self.table.operator
 
     def _device(self, load: Load, cost: Cost, curve: Curve, causal: float, factor: float) -> tuple[float, float, float]:

@@ -81,8 +81,8 @@ class Work:
     """Keys of tiles whose pairs are compared one by one, of those that a row visits on average."""
     longest_compared: float = 0.0
     """The same of the row with the most of them."""
-    around: int = 0
-    """Plain operators beside the kernel, which lay documents end to end for it."""
+    documents: bool = False
+    """Whether packed documents are laid end to end for the kernel."""
 
     @property
     def even(self) -> bool:
@@ -164,7 +164,7 @@ def _attend(node: Node, setting: Setting) -> Cost:
         moved += (4 + shared) * sum(value_bytes(n, setting) for n in (q, k, v))
         moved += int(11 * prod(q.type.rows.sizes[:-1]) * setting.batch * rows * columns * setting.accumulator)
     pairs = work.flops / (2 * (q.type.features + v.type.features))
-    around = _OF_MASKS * (work.masked and not kernel.skips) + 4 * kernel.materialises + work.around
+    around = _OF_MASKS * (work.masked and not kernel.skips) + 4 * kernel.materialises + _OF_DOCUMENTS * work.documents
     return Cost(
         flops=work.flops,
         exps=pairs,
@@ -196,10 +196,14 @@ def _steps(op: Attend, rows: int, columns: int) -> int:
 _OF_DOCUMENTS, _OF_MASKS = 6, 8
 """Operators that lay documents end to end, and that make of a boolean mask one that is added and blank rows without a
 key."""
-_OF_WINDOWS, _OF_ROWS, _OF_FUSED, _OF_LISTS, _OF_TABLES, _OF_GRADIENTS = 1, 1, 3, 4, 185, 5
-"""As many operators take as long as the views that turn tensors for a window, as those that take rows where they stand,
-the same in a program of Inductor's, as lists of tiles on their way to a kernel, as what makes a table of tiles for one
-call, and as what a backward does with rows that were gathered for one launch."""
+_OF_WINDOWS = 1
+"""As many operators take as long as the views that turn tensors for a window. The same of:"""
+_OF_ROWS, _OF_FUSED = 1, 3
+"""... views of rows where they stand, and those in a program of Inductor's."""
+_OF_LISTS, _OF_TABLES = 4, 185
+"""... lists of tiles on their way to a kernel, and what makes a table of tiles for one call."""
+_OF_GRADIENTS = 5
+"""... what a backward does with rows that were gathered for one launch."""
 
 
 def attend_work(node: Node, setting: Setting) -> Work:
@@ -244,8 +248,8 @@ def attend_work(node: Node, setting: Setting) -> Work:
     seen = padded if keys == columns else rows
     masked = native is None and condition == "mask"
     flops, group = 2 * blocks * seen * keys * both, setting.spec.heads // setting.spec.kv_heads
-    around = _OF_DOCUMENTS * (native is not None and native.documents)
-    return Work(blocks, rows, keys, longest, widest, flops, masked, windowed, group, around=around)
+    documents = native is not None and native.documents
+    return Work(blocks, rows, keys, longest, widest, flops, masked, windowed, group, documents=documents)
 
 
 def window_pairs(rows: int, columns: int, window: Window) -> int:
@@ -379,11 +383,9 @@ def backward_cost(node: Node, setting: Setting) -> Cost:
     forward = forward_cost(node, setting)
     graph, op = setting.graph, node.op
     if isinstance(op, Attend):
-        launches = 2 * forward.launches + 2
         if op.tile is not None and "tile-masks" in setting.kernel.native:  # partial tiles are gathered, as for others
             forward = _tiled_attend(node, setting, skips=False)
-            launches = 2 * forward.launches + 2
-        rest = (0.0, launches, 2 * forward.copied, forward.views)
+        rest = (0.0, 2 * forward.launches + 2, 2 * forward.copied, forward.views)
         kept = _kept(op, forward.exps, setting)
         if kept:
             return Cost(2 * forward.flops, 0, 2.5 * (forward.bytes - kept) + kept, *rest)
