@@ -122,7 +122,7 @@ def _asked(job: Job, rules: Rules) -> Asked:
     if not rules.gpu or not job.case.flex or job.left < FLEX_COST:
         without |= {("compiled", name) for name in ("flex", "inductor", "inductor-kept")}
     on_cpu = Plenty(warm_ups=1, rounds=6, seconds=0.3, slow=0.7)
-    plenty = Plenty(rounds=8, seconds=0.05) if rules.gpu else on_cpu
+    plenty = Plenty(rounds=8, seconds=0.05, further=24) if rules.gpu else on_cpu
     return Asked(
         plenty=plenty,
         backends=rules.backends,

@@ -277,6 +277,33 @@ def test_contestants_take_turns():
     assert {"a", "b"} == set(told[half:]), "neither is done before the other"
 
 
+def test_close_contestants_whose_times_vary_get_further_rounds_and_the_others_none(monkeypatch):
+    paces = {"steady": [1.0], "varies": [1.0, 1.4], "slow": [3.0, 4.0]}
+    calls = dict.fromkeys(paces, 0)
+
+    def once(call, on_gpu, count=1, *, led=False):
+        name = call()
+        seconds = paces[name][calls[name] % len(paces[name])]
+        calls[name] += 1
+        return seconds * 1e-4, 0.0
+
+    monkeypatch.setattr(clock, "once", once)
+    plenty = Plenty(warm_ups=1, rounds=6, least=6, further=10, further_seconds=1.0)
+    found = race({name: lambda name=name: name for name in paces}, False, plenty)
+    assert {name: len(times.seconds) for name, times in found.items()} == {"steady": 6, "varies": 16, "slow": 6}
+    brief = attrs.evolve(plenty, further_seconds=0.005)
+    found = race({name: lambda name=name: name for name in paces}, False, brief)
+    assert 6 < len(found["varies"].seconds) < 16, "as many as there is time for"
+
+
+def test_nobody_is_always_the_first_of_a_round():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    race(calls, False, Plenty(warm_ups=1, rounds=3, least=3, seconds=1e-9))
+    rounds = [name for i, name in enumerate(order[3:]) if i == 0 or order[3:][i - 1] != name]
+    assert rounds[::3] == ["a", "b", "c"]
+
+
 def test_a_slow_call_is_timed_once_more_and_no_more():
     calls = []
 

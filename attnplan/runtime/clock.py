@@ -70,6 +70,16 @@ class Plenty:
     """Time for all rounds of one contestant; slow ones get fewer rounds, not fewer than ``least``."""
     slow: float = 0.25
     """A call that takes longer is timed once more after its warm-up, and no more."""
+    further: int = 0
+    """Rounds that follow for those which are close to the fastest, and whose times vary: see :data:`CLOSE`."""
+    further_seconds: float = 0.2
+    """Time for these of one contestant."""
+
+
+CLOSE = 2.0
+"""Contestants that take up to this many times as long as the fastest may still turn out to be it."""
+QUIET = 0.02
+"""Spread up to which further rounds would say the same again."""
 
 
 def _event() -> torch.cuda.Event:
@@ -154,30 +164,46 @@ def uncollected() -> Iterator[None]:
 
 
 def _race(calls: Mapping[str, Call], on_gpu: bool, plenty: Plenty) -> dict[str, Times]:
-    counts, rounds, led = dict[str, int](), dict[str, int](), dict[str, bool]()
+    counts, rounds, led, firsts = dict[str, int](), dict[str, int](), dict[str, bool](), dict[str, float]()
     taken, hosts = dict[str, list[float]](), dict[str, list[float]]()
+
+    def turns(wanted: Mapping[str, int]) -> None:
+        names = list(wanted)
+        for turn in range(max(wanted.values(), default=0)):
+            gc.collect()  # what calls left in cycles may hold memory of the device
+            first = turn % len(names)  # nobody is always the one behind the pause
+            for name in (*names[first:], *names[:first]):
+                if turn < wanted[name]:
+                    seconds, host = once(calls[name], on_gpu, counts[name], led=led[name])
+                    taken[name].append(seconds)
+                    hosts[name].append(host)
+
     for name, call in calls.items():
         for _ in range(plenty.warm_ups - 1):
             call()
         first, host = once(call, on_gpu)
         counts[name] = max(1, min(_MOST, round(_BURST / max(first, 1e-7))))
         led[name] = first < _LONG
-        wanted = int(plenty.seconds / max(first * (counts[name] + (on_gpu and led[name])), 1e-7))
+        firsts[name] = first * (counts[name] + (on_gpu and led[name]))
+        wanted = int(plenty.seconds / max(firsts[name], 1e-7))
         rounds[name] = 1 if first > plenty.slow else max(plenty.least, min(plenty.rounds, wanted))
         taken[name], hosts[name] = [], [host] if first > plenty.slow else []
-    for turn in range(max(rounds.values(), default=0)):
-        gc.collect()  # what calls left in cycles may hold memory of the device
-        for name, call in calls.items():
-            if turn < rounds[name]:
-                seconds, host = once(call, on_gpu, counts[name], led=led[name])
-                taken[name].append(seconds)
-                hosts[name].append(host)
+    turns(rounds)
+    if plenty.further and calls:
+        turns({n: min(plenty.further, int(plenty.further_seconds / max(firsts[n], 1e-7))) for n in _undecided(taken)})
     found = {}
     for name, call in calls.items():
         host = statistics.median(hosts[name])
         alone = _alone(call, statistics.median(taken[name]), host) if on_gpu else ()
         found[name] = Times(tuple(taken[name]), host, alone, counts[name])
     return found
+
+
+def _undecided(taken: Mapping[str, list[float]]) -> list[str]:
+    """Return the names of contestants that are close to the fastest, and whose times vary."""
+    fastest = min(map(statistics.median, taken.values()))
+    close = [n for n, times in taken.items() if statistics.median(times) <= CLOSE * fastest]
+    return [n for n in close if Times(tuple(taken[n]), 0.0).spread > QUIET]
 
 
 def _alone(call: Call, seconds: float, host: float) -> tuple[float, ...]:
