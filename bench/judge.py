@@ -7,23 +7,17 @@ import random
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import attrs
 
-from attnplan.cost import Device, catalogue
-from attnplan.cost.fit import Sample, alone, fitted
-from attnplan.cost.model import loads, timed
+from attnplan.cost import Device
+from attnplan.cost.fit import Sample, fitted
+from attnplan.cost.model import timed
 from attnplan.cost.parameters import Parameters, defaults
-from attnplan.cost.setting import Setting
-from attnplan.harness.entrants import digest
 from attnplan.harness.rows import read_rows
-from attnplan.search import CALLS, every_way
-from bench.grid import GRIDS, Case
+from bench.judged import Judged, Row, Timed, read
 
-Row = dict[str, Any]
 NOISE = 0.02
 """A choice within this share of the best, or within its own spread, is as good as the best."""
 POLICIES: Mapping[str, tuple[str, ...]] = {
@@ -32,163 +26,6 @@ POLICIES: Mapping[str, tuple[str, ...]] = {
     "always FA4": ("flash (fa4)", "by hand: fa4"),
     "always cuDNN": ("eager (cudnn)", "by hand: cudnn"),
 }
-
-
-OFFERED: Mapping[str, str] = {"sdpa": "eager", "cudnn": "eager", "flex": "compiled", "fa4": "flash"}
-"""The backend whose candidates run the kernel of a call by hand."""
-
-
-@attrs.frozen(eq=False)
-class Timed:
-    """One candidate of a spec, with what the model needs to price it and what was measured."""
-
-    name: str
-    row: Row
-    sample: Sample | None
-    """None for calls by hand, and for graphs that the spec no longer has."""
-    peak: int | None = None
-    """Predicted bytes beside inputs and output."""
-    automatic: bool = False
-    """Whether the planner may choose it by itself."""
-    once: float = 0.0
-    """What it adds to the price of a call because its first one compiles."""
-
-    @property
-    def seconds(self) -> float:
-        return float(self.row["seconds"])
-
-
-@attrs.frozen(eq=False)
-class Judged:
-    """Everything that was measured of one spec."""
-
-    case: Case
-    ways: tuple[Timed, ...]
-    stand_ins: tuple[Sample, ...] = ()
-    """What calls by hand say about the device's time of candidates that were not measured."""
-
-    @property
-    def samples(self) -> list[Sample]:
-        """What a fit may learn from."""
-        return [*(w.sample for w in self.ways if w.sample is not None), *self.stand_ins]
-
-    @property
-    def comparable(self) -> list[Timed]:
-        """What was measured, but calls by hand with a library of which no candidate was measured beside them."""
-        offered = {w.row["backend"] for w in self.ways if w.sample is not None}
-        return [w for w in self.ways if w.sample is not None or OFFERED.get(w.row["backend"]) in offered]
-
-    @property
-    def best(self) -> float:
-        """The best of what is comparable, calls by hand included."""
-        return min(w.seconds for w in self.comparable)
-
-    @property
-    def best_candidate(self) -> float:
-        """The best of what the planner can run at all, by name if it has to be."""
-        return min(w.seconds for w in self.ways if w.sample is not None)
-
-    @property
-    def best_automatic(self) -> float:
-        """The best of what the planner may choose by itself."""
-        return min(w.seconds for w in self.ways if w.automatic)
-
-
-def device_of(head: Row) -> Device:
-    """Return the device of the catalogue on which rows were measured."""
-    name = head["environment"]["device"]
-    if name == "cpu":
-        return catalogue()["cpu-2core"]
-    return next(d for d in catalogue().values() if any(part in name for part in d.match))
-
-
-def read(paths: Sequence[Path]) -> tuple[Device, list[Judged], int]:
-    """Return the device, what was measured of each spec in any of the files, and how many rows are out of date."""
-    found: dict[str, dict[str, Row]] = {}
-    heads = []
-    for path in paths:
-        head, rows = read_rows(path)
-        heads.append(head)
-        for row in rows:
-            if "seconds" in row and row.get("ok"):
-                run = f"{path.stem}: {row['spec']}"
-                found.setdefault(row["spec"], {}).setdefault(row["candidate"], {**row, "run": run})
-    devices = {device_of(h).name: device_of(h) for h in heads}
-    if len(devices) != 1:
-        raise SystemExit(f"rows of one device, please: these are of {', '.join(devices)}")
-    (device,) = devices.values()
-    judged, stale = [], 0
-    for case in GRIDS[heads[0]["grid"]]():
-        rows_of = found.get(case.name, {})
-        known = priceable(case, device)
-        ways = []
-        for name, row in rows_of.items():
-            sample = None
-            if row["kind"] == "candidate":
-                if name not in known or known[name][0] != row["graph"]:
-                    stale += 1
-                    continue
-                sample = _sample(row, *known[name][1:3], device)
-            more = known[name][3:] if sample is not None else (None, False, 0.0)
-            ways.append(Timed(name, row, sample, *more))
-        if any(w.automatic for w in ways):
-            judged.append(Judged(case, tuple(ways), tuple(_stand_ins(rows_of, known))))
-    return device, judged, stale
-
-
-@lru_cache(maxsize=1024)
-def _target(device: Device) -> Any:
-    from attnplan.cost import Target
-
-    return Target(device, None)
-
-
-Known = tuple[str, Any, Any, int, bool, float]
-"""Digest of the graph, setting, kernel, predicted peak, whether auto may take it, what compiling adds to a call."""
-
-
-def priceable(case: Case, device: Device) -> dict[str, Known]:
-    """Return what is known of each candidate that accepts a spec, in the order of :data:`Known`."""
-    found = {}
-    for candidate, way in every_way(case.spec, _target(device)):
-        if way is not None:
-            kernel = way.schedule.priced
-            setting = Setting.of(way.lowered.graph, case.spec, kernel)
-            peak = candidate.prediction.peak_bytes if candidate.prediction else 0
-            automatic = not way.backend.by_name_only(case.spec, way.schedule)
-            once = way.schedule.compiles_for(case.spec.training) / CALLS
-            found[candidate.name] = (digest(way.lowered.graph), setting, kernel, peak, automatic, once)
-    return found
-
-
-OVER_BY_HAND = 1.2e-5
-"""Seconds of the host that a plan adds to the call by hand: bench/results/gpu-backends-fa4-h100.json, cuDNN."""
-STAND_INS = {"by hand: cudnn": "dense > eager (cudnn)", "by hand: fa4": "dense > flash (fa4)"}
-
-
-def _stand_ins(rows: Mapping[str, Row], known: Mapping[str, Known]) -> Iterator[Sample]:
-    for hand, name in STAND_INS.items():
-        if hand in rows and name in known and name not in rows:
-            row = rows[hand]
-            on_device = alone(row["seconds"], row["device"], row["host"])
-            _, setting, kernel, *_ = known[name]
-            host = row["host"] + OVER_BY_HAND if row["burst"] > 1 else None  # alone, it slept before
-            yield Sample.of(loads(setting), setting.spec, kernel, None, on_device, host, run=row["run"])
-
-
-UNLED = {False: 0.8, True: 0.3}
-"""Share of a call's host time before the device has anything to do, in a forward and in a training call."""
-
-
-def _sample(row: Row, setting: Any, kernel: Any, device: Device) -> Sample:
-    host = row["host"] if device.kind == "cuda" else None
-    on_device, exposed = None, 0.0
-    if host is not None:
-        if "led" not in row:  # each burst began on an idle device: it holds the host's time up to the first kernel
-            exposed = UNLED[setting.spec.training] / row["burst"]
-        waited = 0.0 if row["device"] else exposed * host
-        on_device = alone(row["seconds"] - waited, row["device"], host)
-    return Sample.of(loads(setting), setting.spec, kernel, row["seconds"], on_device, host, exposed, row["run"])
 
 
 def predicted(way: Timed, device: Device, table: Parameters) -> float:
@@ -259,7 +96,7 @@ def summary(found: Sequence[float]) -> Row:
 
 def errors(judged: Sequence[Judged], device: Device, table: Parameters) -> Iterator[tuple[Judged, Timed, float]]:
     for one in judged:
-        for way in one.ways:
+        for way in one.own:
             if way.sample is not None:
                 yield one, way, way.sample.predicted(device, table)[0] / way.seconds - 1
 
@@ -271,7 +108,7 @@ def mape(judged: Sequence[Judged], device: Device, table: Parameters, *, sparse:
 
 def mape_of_device(judged: Sequence[Judged], device: Device, table: Parameters) -> float | None:
     """Return the error of what the device alone takes, where the host's time is known apart."""
-    samples = [w.sample for one in judged for w in one.ways if w.sample is not None and w.sample.alone]
+    samples = [w.sample for one in judged for w in one.own if w.sample is not None and w.sample.alone]
     found = [abs(s.predicted(device, table)[1] / (s.alone or 1.0) - 1) for s in samples]
     return statistics.mean(found) if found else None
 
@@ -294,8 +131,9 @@ def judge(judged: Sequence[Judged], device: Device, seed: int) -> Row:
     }
     return {
         "seed": seed,
-        "fitted specs": len(train),
-        "held-out specs": len(held_out),
+        "fitted specs": len({j.case.name for j in train}),
+        "held-out specs": len({j.case.name for j in held_out}),
+        "held-out choices": len(held_out),
         "top-1 within noise": sum(top) / max(1, len(top)),
         "MAPE dense": mape(held_out, device, table, sparse=False),
         "MAPE sparse": mape(held_out, device, table, sparse=True),
@@ -322,7 +160,7 @@ def _beaten(judged: Sequence[Judged], choose: Callable[[Judged], Timed | None]) 
             ]
             found.append(
                 {
-                    "spec": one.case.name,
+                    "spec": one.name,
                     "auto": chosen.name,
                     "seconds": chosen.seconds,
                     "faster": best.name,
@@ -363,7 +201,8 @@ def render(found: Sequence[Row]) -> str:
     lines = []
     for one in found:
         lines.append(
-            f"seed {one['seed']}: {one['fitted specs']} specs fitted, {one['held-out specs']} held out; "
+            f"seed {one['seed']}: {one['fitted specs']} specs fitted, {one['held-out specs']} held out, "
+            f"{one['held-out choices']} choices; "
             f"top-1 {percent(one['top-1 within noise'])}; MAPE dense {percent(one['MAPE dense'])}, "
             f"sparse {percent(one['MAPE sparse'])}, data sheet {percent(one['MAPE data sheet'])}"
         )
@@ -410,7 +249,7 @@ def ship(paths: Sequence[Path], leave: Sequence[str] = (), changed: str = "") ->
     the device counts: the host has another way to start the same kernels now.
     """
     device, judged, stale = read(paths)
-    samples = [s for j in judged for w in j.ways for s in _of_device_only(j, w, changed)]
+    samples = [s for j in judged for w in j.own for s in _of_device_only(j, w, changed)]
     samples += [sample for j in judged for sample in j.stand_ins]
     table, numbers = fitted(samples, device, defaults(device.kind))
     versions: dict[str, str] = {}
@@ -437,7 +276,8 @@ def ship(paths: Sequence[Path], leave: Sequence[str] = (), changed: str = "") ->
 def main(paths: Sequence[Path], seeds: Sequence[int], out: Path | None) -> None:
     device, judged, stale = read(paths)
     found = [judge(judged, device, seed) for seed in seeds]
-    print(f"{device.title}: {len(judged)} specs, {sum(len(j.ways) for j in judged)} rows, {stale} out of date; "
+    specs, rows = len({j.case.name for j in judged}), sum(len(j.own) for j in judged)
+    print(f"{device.title}: {specs} specs, {rows} rows, {stale} out of date; "
           f"three candidates of two backends in {100 * coverage(judged):.0f} %")  # fmt: skip
     print(render(found))
     if device.kind == "cuda":

@@ -22,7 +22,7 @@ import attrs
 
 from attnplan.cost.setting import ITEM_BYTES
 from attnplan.spec import AttentionSpec
-from bench.judge import Judged, Row, Timed, read
+from bench.judged import Judged, Row, Timed, read
 
 MIB = 2**20
 
@@ -70,7 +70,7 @@ def peaks_of(judged: Sequence[Judged]) -> Iterator[Peak]:
     """Iterate over the rows whose peak was measured and can be predicted."""
     for one in judged:
         spec = one.case.spec
-        for way in one.ways:
+        for way in one.own:
             if way.peak is not None and "peak" in way.row:
                 yield Peak(way, one.case.name, spec.training, way.peak, measured(way.row, spec))
 

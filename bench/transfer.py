@@ -15,7 +15,8 @@ from typing import Any
 
 from attnplan.cost.fit import fitted
 from attnplan.cost.parameters import defaults
-from bench.judge import by_price, errors, losses, read, summary
+from bench.judge import by_price, errors, losses, summary
+from bench.judged import read
 
 
 def transferred(source: list[Path], target: list[Path]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from attnplan.lower import lower
 from attnplan.patterns import dilated, documents, longnet, window
 from attnplan.search import every_way, lowerings
 from attnplan.spec import AttentionSpec
-from bench.judge import read
+from bench.judged import read
 from bench.peaks import measured, peaks_of, report, results_of, table
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"

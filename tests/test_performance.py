@@ -22,6 +22,7 @@ from bench import (
     targets_longnet,
     transfer,
 )
+from bench.judged import _target, catalogue, priceable, read
 from bench.regret import summary as regret_summary
 
 
@@ -53,9 +54,9 @@ def rows(tmp_path_factory):
     """A file of rows as a small CPU would write them, with times that the model can learn."""
     cases = [c for c in grid.cpu() if c.spec.shape.seq_len <= 2048]
     made = []
-    device = judge.catalogue()["cpu-2core"]
+    device = catalogue()["cpu-2core"]
     for case in cases:
-        for candidate, way in every_way(case.spec, judge._target(device)):
+        for candidate, way in every_way(case.spec, _target(device)):
             if way is not None and candidate.backend == "eager":
                 facts = {"spec": case.name, "family": case.family, "kind": "candidate", "candidate": candidate.name,
                          "backend": candidate.backend, "graph": digest(way.lowered.graph)}  # fmt: skip
@@ -71,7 +72,7 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def judgement(rows):
-    device, judged, stale = judge.read([rows[0]])
+    device, judged, stale = read([rows[0]])
     assert stale == 0
     return judged, judge.judge(judged, device, 1)
 
@@ -88,7 +89,7 @@ def test_a_model_that_can_learn_the_times_has_no_regret(judgement):
 
 
 def test_halves_keep_forward_and_training_together_and_follow_the_seed(rows):
-    _, judged, _ = judge.read([rows[0]])
+    _, judged, _ = read([rows[0]])
     first, second = judge.halves(judged, 1)
     shapes = [{j.case.name.rsplit(",", 1)[0] for j in half} for half in (first, second)]
     assert not shapes[0] & shapes[1]
@@ -101,13 +102,41 @@ def test_rows_of_graphs_that_changed_are_left_out(rows, tmp_path):
     path = tmp_path / "regret-cpu-2core.json"
     made = [{**r, "graph": "0"} if r["kind"] == "candidate" and i % 2 else r for i, r in enumerate(rows[1])]
     write_rows(path, {"grid": "cpu", "environment": {"device": "cpu", "versions": {}}}, made)
-    _, judged, stale = judge.read([path])
+    _, judged, stale = read([path])
     assert stale == sum(r.get("graph") == "0" for r in made) > 0
     assert all(w.sample is not None for j in judged for w in j.ways if w.row["kind"] == "candidate")
 
 
+def test_a_choice_is_judged_among_what_one_environment_can_run(rows, tmp_path):
+    """What needs torch alone is lent to environments that did not measure it, and learned from once."""
+    by_spec = {name: [r for r in rows[1] if r["spec"] == name] for name in {r["spec"] for r in rows[1]}}
+    name, mine = next((n, found) for n, found in by_spec.items() if sum(r["kind"] == "candidate" for r in found) > 2)
+    first, second, third = [r for r in mine if r["kind"] == "candidate"][:3]
+    hand = next(r for r in mine if r["kind"] == "peer")
+    of_library = {**third, "backend": "xformers"}
+    files = {
+        "a": ({"torch": "x", "xformers": "x"}, [first, of_library, hand]),
+        "b": ({"torch": "x", "flash-attn-4": "x"}, [second, {**first, "seconds": 9.0}]),
+    }
+    paths = []
+    for stem, (versions, found) in files.items():
+        paths.append(tmp_path / f"{stem}.json")
+        write_rows(paths[-1], {"grid": "cpu", "environment": {"device": "cpu", "versions": versions}}, found)
+    _, judged, stale = read(paths)
+    assert stale == 0
+    a, b = judged
+    told = [[(w.name, w.lent) for w in one.ways] for one in (a, b)]
+    assert told[0] == [(r["candidate"], False) for r in (first, of_library, hand)] + [(second["candidate"], True)]
+    assert told[1] == [(r["candidate"], False) for r in (second, first)] + [(hand["candidate"], True)]
+    assert (a.name, b.name) == (f"{name} [xformers]", f"{name} [flash-attn-4]")
+    seconds = {w.name: w.seconds for w in b.ways}
+    assert seconds[first["candidate"]] == 9.0, "each environment by its own run"
+    assert [len(one.samples) for one in (a, b)] == [2, 2], "what is lent is no sample"
+    assert read(paths[:1])[1][0].name == name
+
+
 def test_regret_is_against_the_best_of_a_kind(rows):
-    _, judged, _ = judge.read([rows[0]])
+    _, judged, _ = read([rows[0]])
     one = judged[0]
     fastest = min(one.ways, key=lambda w: w.seconds)
     slowest = max((w for w in one.ways if w.automatic), key=lambda w: w.seconds)
@@ -129,7 +158,7 @@ def test_regret_is_against_the_best_of_a_kind(rows):
 
 
 def test_auto_is_judged_with_its_share_of_compiling(rows):
-    device, judged, _ = judge.read([rows[0]])
+    device, judged, _ = read([rows[0]])
     choose = judge.by_price(device, judge.defaults("cpu"))
     one = next(j for j in judged if sum(w.automatic for w in j.ways) > 1)
     first = choose(one)
@@ -138,7 +167,7 @@ def test_auto_is_judged_with_its_share_of_compiling(rows):
     assert second.automatic
     assert second.name != first.name
     case = next(c for c in grid.gpu() if c.name.startswith("window: window 4095") and not c.spec.training)
-    known = judge.priceable(case, judge.catalogue()["h100"])
+    known = priceable(case, catalogue()["h100"])
     _, _, _, _, automatic, once = known["dense > compiled (flex)"]
     assert (automatic, once) == (True, pytest.approx(6e-5))
     assert known["dense > eager (flash)"][4:] == (True, 0.0)
