@@ -20,7 +20,7 @@ SHAPE = Shape(12, 12, 4)
         (P.causal(), (False, True, True)),
         (P.full(), (False, True, True)),
         (P.heads(0, 2) & P.window(3), (True, True, True)),
-        (P.dilated(4, 2), (True, True, True)),
+        (P.dilated(4, 2), (False, True, True)),
         (~P.segments(4) | P.strided(3), (False, True, True)),
         (P.columns([1, 5, 7]), (False, True, True)),
     ],

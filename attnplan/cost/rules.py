@@ -7,6 +7,7 @@ from math import prod
 
 import attrs
 
+from attnplan.cost.buffers import mask_elements, mask_spread
 from attnplan.cost.joins import placed, rows_there
 from attnplan.cost.setting import KernelModel, Setting, value_bytes
 from attnplan.cost.tiles import DOCUMENTS, attend_tiles, launches_of_tiles, tile_rows
@@ -102,12 +103,8 @@ def mask_bytes(node: Node, setting: Setting) -> int:
         return attend_tiles(op, q, k, setting.spec) * 40 + 2**20
     if slot_condition(op, q, k) != "mask" or lowered(setting.graph, node, setting.kernel.native) is not None:
         return 0
-    q, k = mask_rows(op, q, k)
-    per_row = any(a.row for a in q.batch)
-    per_head = op.where.head_key(0) != () and any(a.head for a in q.batch)
-    batch = setting.batch if op.where.operands & {"documents", "key_padding"} else 1
-    repeats = prod(a.size for a in q.batch if (per_row and a.row) or (per_head and a.head))
-    return batch * repeats * q.length * k.length * (1 + setting.item)
+    whole = mask_spread(op, q, k, setting.spec)
+    return (whole or mask_elements(op, *mask_rows(op, q, k), setting.batch, setting.spec)) * (1 + setting.item)
 
 
 def with_tiles(op: Attend, kernel: KernelModel) -> Attend:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import attrs
 
@@ -52,9 +52,9 @@ class Dilated(Pattern):
         return isinstance(self.offset, str) and self.rate > 1
 
     def offset_of(self, h: Array) -> Array:
-        """Return the offset of head ``h`` inside each run of ``rate`` rows."""
+        """Return the offset of head ``h`` inside each run of ``rate`` rows; one number if it is that of all heads."""
         if isinstance(self.offset, int):
-            return h * 0 + self.offset
+            return cast(Array, self.offset)
         if self.offset == "interleave":
             return h % self.rate
         if self.heads is None:

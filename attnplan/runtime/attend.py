@@ -85,6 +85,7 @@ class _Unfolded:
     unpack = pack
 
 
+_UNFOLDED = _Unfolded()
 _folding_of = lru_cache(maxsize=512)(_Folding)
 _KEPT_VIEWS = 64
 """Ways to lie of which a folding remembers how their views do."""
@@ -93,7 +94,7 @@ _NEW: Any = object()
 
 def _folding(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> _Folding | _Unfolded:
     if q.dim() == 4:
-        return _Unfolded()
+        return _UNFOLDED
     make = _Folding if is_watched() else _folding_of  # a trace takes no cache up
     lie_q, lie_k, lie_v = ((x.shape, x.stride()) for x in (q, k, v))
     return make(lie_q, lie_k, lie_v, KERNELS[kernel].groups)
@@ -289,6 +290,8 @@ def _request(
     folding: _Folding | _Unfolded, q: Tensor, k: Tensor, asked: Request, mask: Tensor | BlockLists | None
 ) -> Request:
     """Return a request with its mask and bias, folded like the rest, or its lists of tiles."""
+    if mask is None and asked.bias is None:
+        return asked
 
     def packed(x: Tensor) -> Tensor:
         return folding.pack(x.expand(*x.shape[:-2], q.shape[-2], k.shape[-2]))

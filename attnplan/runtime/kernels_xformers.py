@@ -47,6 +47,17 @@ def fmha() -> Any:
     raise ImportError("; ".join(failures))
 
 
+@lru_cache(maxsize=16)
+def _operator(package: Any, name: str, way: str) -> Any:
+    return getattr(getattr(package, name), way)
+
+
+@lru_cache(maxsize=2)
+def _triangle(kinds: Any) -> Any:
+    """Return the bias of causal squares, which holds nothing of a call."""
+    return kinds.LowerTriangularMask()
+
+
 class XFormers(Opaque):
     """One pair of forward and backward operators."""
 
@@ -99,14 +110,16 @@ class XFormers(Opaque):
 
     def run_direct(self, q: Tensor, k: Tensor, v: Tensor, asked: Request) -> Tensor:
         heads = Groups(q, k)
-        rows = [x.transpose(1, 2) for x in (heads.queries(q), heads.keys(k), heads.keys(v))]
         bias = self._bias(heads, q, k, asked)
+        if heads.group > 1:
+            q, k, v = heads.queries(q), heads.keys(k), heads.keys(v)
+        rows = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         operators = (self._operator(0), self._operator(1))
         out = fmha().memory_efficient_attention(*rows, attn_bias=bias, scale=asked.scale, op=operators)
         return heads.back(out.transpose(1, 2))
 
     def _operator(self, which: int) -> Any:
-        return getattr(getattr(fmha(), self.operators[which]), ("FwOp", "BwOp")[which])
+        return _operator(fmha(), self.operators[which], ("FwOp", "BwOp")[which])
 
     def _bias(self, heads: Groups, q: Tensor, k: Tensor, asked: Request) -> Any:
         kinds = fmha().attn_bias
@@ -120,7 +133,7 @@ class XFormers(Opaque):
                 mask = mask.expand(q.shape[0], q.shape[1], -1, -1)
             return additive(heads.mask(mask), q.dtype, _ALIGN, heads.mask(asked.bias))
         if asked.causal:
-            return kinds.LowerTriangularMask()
+            return _triangle(kinds)
         if asked.window == EVERYTHING:
             return None
         if right == 0:

@@ -17,7 +17,7 @@ from torch import Tensor
 from attnplan.runtime.compiling import PerShape
 from attnplan.runtime.first_order import first_order
 from attnplan.runtime.lattices import Recipe, backward, forward
-from attnplan.runtime.views import with_features_in_line
+from attnplan.runtime.views import in_line, with_features_in_line
 
 
 class Lattice:
@@ -118,7 +118,7 @@ class LatticeProgram:
         self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Run on q, k, v in ``[B, H, S, D]``."""
-        q, k, v = with_features_in_line(q), with_features_in_line(k), with_features_in_line(v)
+        q, k, v = in_line(q, k, v)
         shared = lattice(self.recipe)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             found = _Planned.apply(shared, q, k, v)  # type: ignore[no-untyped-call]
@@ -138,7 +138,7 @@ class LatticeProgram:
         Where parts are needed one by one, the forward runs again for them.
         """
         q, k, v, out, lse = (x.detach() for x in given)
-        q, k, v = with_features_in_line(q), with_features_in_line(k), with_features_in_line(v)
+        q, k, v = in_line(q, k, v)
         shared = lattice(self.recipe)
         grad, grad_lse = (None if x is None else x.detach() for x in flow)
         grad = torch.zeros_like(out) if grad is None else grad

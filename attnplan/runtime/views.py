@@ -133,6 +133,20 @@ def with_features_in_line(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def in_line(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return :func:`with_features_in_line` of each, most of the time after one look at all three; not for a trace."""
+    if _regular(q.stride(), k.stride(), v.stride()):
+        start: int = q.storage_offset() | k.storage_offset() | v.storage_offset()  # type: ignore[assignment]
+        if start % _ALIGNED == 0:
+            return q, k, v
+    return with_features_in_line(q), with_features_in_line(k), with_features_in_line(v)
+
+
+@lru_cache(maxsize=256)
+def _regular(*strides: tuple[int, ...]) -> bool:
+    return all(steps[-1] == 1 and _steps_of_sixteen(steps) for steps in strides)
+
+
 def _is_aligned(x: Tensor) -> bool:
     strides = x.stride()
     if torch.compiler.is_compiling():  # a trace does not know where a tensor starts, and takes no cache up

@@ -15,7 +15,7 @@ from attnplan.runtime.destinations import without
 from attnplan.runtime.first_order import first_order
 from attnplan.runtime.ranges import run
 from attnplan.runtime.scores import learned
-from attnplan.runtime.views import with_features_in_line
+from attnplan.runtime.views import in_line, with_features_in_line
 
 
 @attrs.frozen(eq=False)
@@ -34,7 +34,7 @@ class FusedProgram:
         self, q: Tensor, k: Tensor, v: Tensor, operands: Mapping[str, Any], return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Run on q, k, v in ``[B, H, S, D]``."""
-        q, k, v = with_features_in_line(q), with_features_in_line(k), with_features_in_line(v)
+        q, k, v = in_line(q, k, v)
         names = () if self.learned is None else learned(operands)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or names):
             given = (operands[name] for name in names)
@@ -56,7 +56,7 @@ class FusedProgram:
         runs again for them.
         """
         q, k, v, out, lse = given
-        q, k, v = with_features_in_line(q), with_features_in_line(k), with_features_in_line(v)
+        q, k, v = in_line(q, k, v)
         grad = torch.zeros_like(out) if flow[0] is None else with_features_in_line(flow[0])
         known = [n.name for n in self.backward.graph.find_nodes(op="placeholder")]
         saved: Sequence[Tensor] = ()
@@ -128,7 +128,7 @@ class DirectProgram:
         learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         if return_lse or (learns and not self.learns):
             return self.fused(q, k, v, operands, return_lse)
-        q, k, v = with_features_in_line(q), with_features_in_line(k), with_features_in_line(v)
+        q, k, v = in_line(q, k, v)
         return run(self.module if learns else self.quick, q, k, v), None
 
     @property
