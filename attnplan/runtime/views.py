@@ -136,8 +136,8 @@ def with_features_in_line(x: Tensor) -> Tensor:
 def in_line(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return :func:`with_features_in_line` of each, most of the time after one look at all three; not for a trace."""
     if _regular(q.stride(), k.stride(), v.stride()):
-        start: int = q.storage_offset() | k.storage_offset() | v.storage_offset()  # type: ignore[assignment]
-        if start % _ALIGNED == 0:
+        starts = int(q.storage_offset()) | int(k.storage_offset()) | int(v.storage_offset())
+        if starts % _ALIGNED == 0:
             return q, k, v
     return with_features_in_line(q), with_features_in_line(k), with_features_in_line(v)
 
