@@ -116,7 +116,7 @@ def price(
     ops, seconds, host = timed(found_loads, spec, kernel, device, table)
     found = Prediction(seconds, memory.total, ops, host, table.basis, table.note, memory)
     if is_piecewise(graph):
-        each = partial(price, kernel=kernel, device=device, parameters=table)
+        each = partial(price, kernel=kernel, device=device, parameters=table.indirect(kernel.key))
         seconds, host = piecewise_seconds(graph, spec, kernel, device, each, table)
         found = attrs.evolve(found, seconds=seconds, host=host)
     return found
@@ -178,15 +178,31 @@ def timed(
     found: Iterable[Load], spec: AttentionSpec, kernel: KernelModel, device: Device, table: Parameters
 ) -> tuple[tuple[OpCost, ...], float, float]:
     """Return the cost of each op, the seconds of a call, and those of the host."""
+    loaded = tuple(found)
     clock = _Clock(spec, kernel, device, table)
-    ops = tuple(_free(x.node) if x.forward is FREE and x.backward is FREE else clock.op(x) for x in found)
+    if clock.kernel.direct != 1.0 and is_direct(loaded, spec, kernel):
+        clock.share = clock.kernel.direct
+    ops = tuple(_free(x.node) if x.forward is FREE and x.backward is FREE else clock.op(x) for x in loaded)
     busy = [op for op in ops if op.cost is not FREE]
-    around = clock.kernel.call + (clock.kernel.backward_call if spec.training else 0.0)
+    around = clock.kernel.call + (clock.share * clock.kernel.backward_call if spec.training else 0.0)
     host = around + sum(op.host for op in busy)
     on_device = sum(op.seconds for op in busy)
     if device.kind == "cpu":  # the host is the device, and an op's seconds include its own
         return ops, on_device + around, host
     return ops, max(on_device, host) + table.exposed * min(on_device, host), host
+
+
+def is_direct(found: Iterable[Load], spec: AttentionSpec, kernel: KernelModel) -> bool:
+    """Return whether a training plan is one call of a kernel, as ``Emitter.direct`` says."""
+    if not spec.training or not spec.is_static or spec.biases or spec.sink_logits:
+        return False
+    busy = [x for x in found if x.forward is not FREE or x.backward is not FREE]
+    if len(busy) != 1 or busy[0].work is None or busy[0].forward.launches != 1:
+        return False
+    work = busy[0].work
+    if work.group > 1 and kernel.key == "efficient":  # whose operator wants as many heads of k as of q
+        return False
+    return not (work.masked or work.windowed or work.documents)
 
 
 class _Clock:
@@ -201,6 +217,8 @@ class _Clock:
         self.materialises = kernel.materialises
         self.again = 2.0 if kernel.keeps else 2.5
         """Matrix products of a backward for each of the forward."""
+        self.share = 1.0
+        """Share of a backward's host time that is left."""
 
     def op(self, load: Load) -> OpCost:
         cost, host = load.forward, self._host(load, load.forward, self.kernel.host)
@@ -208,7 +226,7 @@ class _Clock:
         seconds = max(compute, memory) + start
         if load.backward is not FREE:
             cost += load.backward
-            host += self._host(load, load.backward, self.kernel.backward_host)
+            host += self._host(load, load.backward, self.share * self.kernel.backward_host)
             back = self._device(load, load.backward, self.kernel.backward, self.kernel.causal_backward, self.again)
             seconds += max(back[0], back[1]) + back[2]
             compute, memory, start = compute + back[0], memory + back[1], start + back[2]

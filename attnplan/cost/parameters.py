@@ -83,6 +83,11 @@ class KernelParameters:
     """Seconds of the host for one call of a plan with it, beside its operators."""
     backward_call: float = 1e-4
     """The same for one backward."""
+    direct: float = 1.0
+    """Share of a backward's host time that is left where a plan is one call, which torch itself differentiates.
+
+    1 stays 1 in a fit: nothing else differentiates such a plan then.
+    """
     tile: int = 128
     """Query rows of one block of threads."""
     splits: bool = False
@@ -133,6 +138,13 @@ class Parameters:
             flat = Curve({64: efficiency}, {64: 256.0})
             return KernelParameters(flat, attrs.evolve(flat, peak={64: 0.8 * efficiency}))
         return found
+
+    def indirect(self, key: str) -> Parameters:
+        """Return a table for parts of a plan, whose backward is never torch's own."""
+        found = self.kernels.get(key)
+        if found is None or found.direct == 1.0:
+            return self
+        return attrs.evolve(self, kernels={**self.kernels, key: attrs.evolve(found, direct=1.0)})
 
     def numbers(self) -> dict[str, float]:
         """Return every number that a calibration may set, by its path.

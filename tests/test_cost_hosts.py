@@ -1,0 +1,51 @@
+"""Costs of the host, and of masks: what operators around a kernel take."""
+
+from __future__ import annotations
+
+import pytest
+
+from attnplan import AttentionSpec
+from attnplan import patterns as P
+from attnplan.cost import price, resolve
+from attnplan.cost.parameters import CALIBRATED, defaults
+from attnplan.errors import SpecError
+from attnplan.search import every_way
+
+TARGET = resolve("h100")
+TABLE = defaults("cuda")
+
+
+def way_of(spec, name):
+    return next(w for c, w in every_way(spec, TARGET) if w is not None and c.name == name)
+
+
+def priced(spec, name, table=TABLE):
+    way = way_of(spec, name)
+    return price(way.lowered.graph, spec, way.schedule.priced, TARGET.device, table)
+
+
+def spec_of(pattern=None, **rest):
+    whole = {"seq_len": 1024, "heads": 8, "head_dim": 64, "dtype": "bfloat16", **rest}
+    return AttentionSpec(**whole) if pattern is None else AttentionSpec(**whole, pattern=pattern)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash", "efficient"])
+def test_torch_differentiates_a_plan_of_one_call_for_less(name):
+    key = {"flash": "flash-cuda"}.get(name, name)
+    known = TABLE.kernels[key]
+    slow = TABLE.replaced({f"kernels/{key}/direct": 1.0}, CALIBRATED)
+    spec, way = spec_of(training=True), f"dense > eager ({name})"
+    saved = priced(spec, way, slow).host - priced(spec, way).host
+    assert saved == pytest.approx((1 - known.direct) * (known.backward_host + known.backward_call))
+    for same in (spec_of(), spec_of(training=True, sink_logits=True)):
+        assert priced(same, way, slow).host == priced(same, way).host
+    lattice = spec_of(P.grouped([256, 512], [1, 2]), training=True)
+    assert priced(lattice, f"lattice > eager ({name})", slow).host == priced(lattice, f"lattice > eager ({name})").host
+
+
+def test_a_calibration_may_say_what_is_left_of_a_direct_backward_and_need_not():
+    assert "kernels/cudnn/direct" in TABLE.numbers()
+    assert TABLE.replaced({"kernels/cudnn/host": 1e-4}, CALIBRATED).kernels["cudnn"].direct == 0.75
+    assert TABLE.replaced({"kernels/cudnn/direct": 0.6}, CALIBRATED).kernels["cudnn"].direct == 0.6
+    with pytest.raises(SpecError, match="must be a positive number"):
+        TABLE.replaced({"kernels/cudnn/direct": 0.0}, CALIBRATED)
