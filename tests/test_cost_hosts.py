@@ -6,9 +6,12 @@ import pytest
 
 from attnplan import AttentionSpec
 from attnplan import patterns as P
-from attnplan.cost import price, resolve
+from attnplan.cost import Cost, price, resolve
 from attnplan.cost.parameters import CALIBRATED, defaults
+from attnplan.cost.rules import backward_cost, forward_cost
+from attnplan.cost.setting import Setting
 from attnplan.errors import SpecError
+from attnplan.ir import Attend
 from attnplan.search import every_way
 
 TARGET = resolve("h100")
@@ -49,3 +52,22 @@ def test_a_calibration_may_say_what_is_left_of_a_direct_backward_and_need_not():
     assert TABLE.replaced({"kernels/cudnn/direct": 0.6}, CALIBRATED).kernels["cudnn"].direct == 0.6
     with pytest.raises(SpecError, match="must be a positive number"):
         TABLE.replaced({"kernels/cudnn/direct": 0.0}, CALIBRATED)
+
+
+def cost_of(spec, name, *, back=False):
+    """Return what the attends of a way cost."""
+    way = way_of(spec, name)
+    graph = way.lowered.graph
+    setting = Setting.of(graph, spec, way.schedule.priced)
+    rule = backward_cost if back else forward_cost
+    return sum((rule(n, setting) for n, _ in graph.of(Attend)), Cost())
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_the_host_makes_the_masks_of_what_comes_with_a_call(back):
+    known, brought = (
+        cost_of(spec_of(p, training=back), "dense > eager (cudnn)", back=back)
+        for p in (P.documents([512, 512]), P.documents())
+    )
+    assert brought.launches == known.launches
+    assert brought.views >= known.views + 10

@@ -36,7 +36,7 @@ class Cost:
     copied: float = 0.0
     """Bytes moved by operators before and after the kernel, which no arithmetic hides."""
     views: int = 0
-    """Operators that keep the host alone busy: views of tensors, and what a call's tables are made of."""
+    """Operators that keep the host alone busy: views of tensors, and what a call's masks and tables are made of."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -161,14 +161,20 @@ def _attend(node: Node, setting: Setting) -> Cost:
         moved += (4 + shared) * sum(value_bytes(n, setting) for n in (q, k, v))
         moved += int(11 * prod(q.type.rows.sizes[:-1]) * setting.batch * rows * columns * setting.accumulator)
     pairs = work.flops / (2 * (q.type.features + v.type.features))
+    arrives = _OF_MADE * (work.masked and not kernel.skips and _arrives(op))
     around = _OF_MASKS * (work.masked and not kernel.skips) + 4 * kernel.materialises + _OF_DOCUMENTS * work.documents
     return Cost(
         flops=work.flops,
         exps=pairs,
         bytes=moved + _kept(op, pairs, setting),
         launches=(1 + around) * _steps(op, rows, columns),
-        views=_views(node, setting) + _OF_WINDOWS * work.windowed,
+        views=_views(node, setting) + _OF_WINDOWS * work.windowed + arrives,
     )
+
+
+def _arrives(op: Attend) -> bool:
+    """Return whether a condition is not known before a call."""
+    return bool(op.where.operands) or op.shift is None
 
 
 def _views(node: Node, setting: Setting) -> int:
@@ -195,6 +201,8 @@ _OF_DOCUMENTS, _OF_MASKS = 6, 8
 key."""
 _OF_WINDOWS = 1
 """As many operators take as long as the views that turn tensors for a window. The same of:"""
+_OF_MADE = 17
+"""... what makes a mask of what comes with a call."""
 _OF_ROWS, _OF_FUSED = 1, 3
 """... views of rows where they stand, and those in a program of Inductor's."""
 _OF_LISTS, _OF_TABLES = 4, 185
@@ -290,7 +298,7 @@ def _tiled_attend(node: Node, setting: Setting, *, skips: bool | None = None) ->
         bytes=sum(value_bytes(n, setting) for n in (q, k, v, node)),
         copied=gathered + masks + permuted,
         launches=1 if skips else launches_of_tiles(q.type.rows.length, kept, heads, op.tile),
-        views=_OF_LISTS * skips + _OF_TABLES * (bool(op.where.operands) or op.shift is None),
+        views=_OF_LISTS * skips + _OF_TABLES * _arrives(op),
     )
 
 
