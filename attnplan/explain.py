@@ -174,7 +174,7 @@ def _op_facts(plan: Plan, node: Node, measured: Measured | None) -> dict[str, An
         "result": str(node.type),
         "gflop": op.cost.flops / 1e9,
         "exps": op.cost.exps,
-        "bytes": op.cost.bytes + op.cost.copied,
+        "bytes": op.cost.bytes + op.cost.copied + op.cost.made,
         "seconds": op.seconds,
         "measured_seconds": None if measured is None or measured.ops is None else measured.ops.get(node.id),
         "bound": op.bound,

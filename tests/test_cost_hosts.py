@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 
 from attnplan import AttentionSpec
 from attnplan import patterns as P
 from attnplan.cost import Cost, price, resolve
+from attnplan.cost.model import demands, timed
 from attnplan.cost.parameters import CALIBRATED, defaults
 from attnplan.cost.rules import backward_cost, forward_cost
 from attnplan.cost.setting import Setting
@@ -71,3 +73,37 @@ def test_the_host_makes_the_masks_of_what_comes_with_a_call(back):
     )
     assert brought.launches == known.launches
     assert brought.views >= known.views + 10
+
+
+def test_a_mask_is_made_before_the_kernel_that_reads_it():
+    spec = spec_of(P.documents([512, 512]))
+    pairs, item = 1024**2, 2
+    whole, masked = (cost_of(s, "dense > eager (cudnn)") for s in (spec_of(), spec))
+    assert masked.made == (3 * item + 4) * pairs
+    assert masked.bytes == whole.bytes + item * pairs
+    assert cost_of(spec_of(P.documents()), "dense > eager (cudnn)").made == masked.made + 5 * pairs
+    assert (
+        cost_of(spec_of(P.documents([512, 512]), training=True), "dense > eager (cudnn)", back=True).made == masked.made
+    )
+    assert cost_of(spec, "dense > eager (math)").made == 0  # which reads the boolean itself
+
+
+def test_a_mask_that_no_strides_express_is_copied_first(monkeypatch):
+    spec = spec_of(P.documents([512, 512]))
+    once, spread = cost_of(spec, "dense > eager (cudnn)"), 8 * 1024**2
+    monkeypatch.setattr("attnplan.cost.rules.mask_spread", lambda *given: spread)
+    copied = cost_of(spec, "dense > eager (cudnn)")
+    assert copied.made == 8 * once.made + 1024**2 + spread
+    assert copied.bytes == once.bytes + 2 * (spread - 1024**2)
+
+
+def test_no_arithmetic_hides_what_makes_a_mask():
+    spec = spec_of(P.documents([512, 512]))
+    way = way_of(spec, "dense > eager (cudnn)")
+    loads = demands(way.lowered.graph, spec, way.schedule.priced)
+    without = tuple(attrs.evolve(x, forward=attrs.evolve(x.forward, made=0.0)) if x.work else x for x in loads)
+    seconds = [
+        sum(op.seconds for op in timed(x, spec, way.schedule.priced, TARGET.device, TABLE)[0]) for x in (loads, without)
+    ]
+    made = sum(x.forward.made for x in loads) / (TARGET.device.bandwidth * TABLE.join)
+    assert seconds[0] - seconds[1] == pytest.approx(made)

@@ -249,7 +249,7 @@ class _Clock:
         """Return the seconds of the arithmetic, of the memory, and of starting kernels."""
         bandwidth, table = self.device.bandwidth, self.table
         start = 0.0 if load.shared else cost.launches * table.start
-        copied = cost.copied / (bandwidth * table.gather)
+        copied = cost.copied / (bandwidth * table.gather) + cost.made / (bandwidth * table.join)
         exps = cost.exps / (self.peak * EXPS_PER_FLOP[self.device.kind])
         if load.kind == "attend":
             if load.work is None:  # products and passes over the scores, one after the other

@@ -37,6 +37,8 @@ class Cost:
     """Bytes moved by operators before and after the kernel, which no arithmetic hides."""
     views: int = 0
     """Operators that keep the host alone busy: views of tensors, and what a call's masks and tables are made of."""
+    made: float = 0.0
+    """Bytes moved by operators that make a mask before the kernel runs, which no arithmetic hides."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -47,6 +49,7 @@ class Cost:
             self.launches + other.launches,
             self.copied + other.copied,
             self.views + other.views,
+            self.made + other.made,
         )
 
 
@@ -155,7 +158,8 @@ def _attend(node: Node, setting: Setting) -> Cost:
     q, k, v = (setting.graph[a] for a in node.args)
     work = attend_work(node, setting)
     rows, columns = q.type.rows.length, k.type.rows.length
-    moved = sum(value_bytes(n, setting) for n in (q, k, v, node)) + 3 * mask_bytes(node, setting)
+    read, made = _mask_traffic(node, setting, masked=work.masked)
+    moved = sum(value_bytes(n, setting) for n in (q, k, v, node)) + read
     if kernel.materialises:  # inputs are widened first, and shared keys repeated
         shared = 4 * work.group if work.group > 1 else 0
         moved += (4 + shared) * sum(value_bytes(n, setting) for n in (q, k, v))
@@ -169,7 +173,26 @@ def _attend(node: Node, setting: Setting) -> Cost:
         bytes=moved + _kept(op, pairs, setting),
         launches=(1 + around) * _steps(op, rows, columns),
         views=_views(node, setting) + _OF_WINDOWS * work.windowed + arrives,
+        made=made,
     )
+
+
+def _mask_traffic(node: Node, setting: Setting, *, masked: bool) -> tuple[float, float]:
+    """Return the bytes of a mask that the kernel moves, and those that operators move before it.
+
+    They copy the boolean where no strides express it; fill zeros, read the boolean, write and read its complement, read
+    and write what is added, and look for rows without a key.
+    """
+    op, kernel, item = node.op, setting.kernel, setting.item
+    assert isinstance(op, Attend)
+    if kernel.materialises or kernel.skips or op.biases or not masked:
+        return 3.0 * mask_bytes(node, setting), 0.0
+    q, k = (setting.graph[a].type.rows for a in node.args[:2])
+    elements = mask_elements(op, *mask_rows(op, q, k), setting.batch, setting.spec)
+    whole = mask_spread(op, q, k, setting.spec)
+    arriving = _OF_COMPARED * elements * _arrives(op)
+    added = whole or elements
+    return float(item * added), arriving + (elements + whole if whole else 0) + (3 * item + 4) * added
 
 
 def _arrives(op: Attend) -> bool:
@@ -196,6 +219,8 @@ def _steps(op: Attend, rows: int, columns: int) -> int:
     return 1 if op.loop is None else -(-rows // op.loop[0]) * -(-columns // op.loop[1])
 
 
+_OF_COMPARED = 5
+"""Bytes that are moved for each pair to compare what comes with a call."""
 _OF_DOCUMENTS, _OF_MASKS = 6, 8
 """Operators that lay documents end to end, and that make of a boolean mask one that is added and blank rows without a
 key."""
@@ -390,7 +415,7 @@ def backward_cost(node: Node, setting: Setting) -> Cost:
     if isinstance(op, Attend):
         if op.tile is not None and "tile-masks" in setting.kernel.native:  # partial tiles are gathered, as for others
             forward = _tiled_attend(node, setting, skips=False)
-        rest = (0.0, 2 * forward.launches + 2, 2 * forward.copied, forward.views)
+        rest = (0.0, 2 * forward.launches + 2, 2 * forward.copied, forward.views, forward.made)
         kept = _kept(op, forward.exps, setting)
         if kept:
             return Cost(2 * forward.flops, 0, 2.5 * (forward.bytes - kept) + kept, *rest)

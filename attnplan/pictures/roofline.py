@@ -49,7 +49,7 @@ def roofline_points(plan: Plan) -> list[Point]:
     found = []
     total = sum(op.seconds for op in plan.predicted.ops)
     for node, op in zip(plan.graph, plan.predicted.ops, strict=True):
-        moved = op.cost.bytes + op.cost.copied
+        moved = op.cost.bytes + op.cost.copied + op.cost.made
         if op.seconds > 0:
             rate = (op.cost.flops or moved) / op.seconds
             intensity = op.cost.flops / moved if moved else 0.0
