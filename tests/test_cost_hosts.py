@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import attrs
 import pytest
 
@@ -12,6 +14,7 @@ from attnplan.cost.model import demands, timed
 from attnplan.cost.parameters import CALIBRATED, defaults
 from attnplan.cost.rules import backward_cost, forward_cost
 from attnplan.cost.setting import Setting
+from attnplan.cost.tiles import attend_tiles, launches_of_tiles
 from attnplan.errors import SpecError
 from attnplan.ir import Attend
 from attnplan.search import every_way
@@ -107,3 +110,17 @@ def test_no_arithmetic_hides_what_makes_a_mask():
     ]
     made = sum(x.forward.made for x in loads) / (TARGET.device.bandwidth * TABLE.join)
     assert seconds[0] - seconds[1] == pytest.approx(made)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_whole_tiles_are_gathered_by_fewer_operators(whole):
+    rows = 8192
+    spec = spec_of(P.random_blocks(0.2, 128) if whole else P.window(256), seq_len=rows, causal=not whole)
+    way = way_of(spec, "blocks > eager (cudnn)")
+    graph, tiled = way.lowered.graph, [pair for pair in way.lowered.graph.of(Attend) if pair[1].tile]
+    for node, op in tiled:
+        q, k = (graph[a].type.rows for a in node.args[:2])
+        kept, heads = attend_tiles(op, q, k, spec), prod(q.sizes[:-1])
+        least, most = (launches_of_tiles(q.length, kept, heads, op.tile, whole=x) for x in (True, False))
+        assert least < 0.6 * most
+        assert forward_cost(node, Setting.of(graph, spec, way.schedule.priced)).launches == (least if whole else most)

@@ -316,13 +316,15 @@ def _tiled_attend(node: Node, setting: Setting, *, skips: bool | None = None) ->
     skips = "blocks" in setting.kernel.native if skips is None else skips
     if skips:
         gathered = masks = 0
+    known = not skips and op.boxes is None and not _arrives(op)
+    whole = known and not tile_rows(op, q.type.rows, k.type.rows, setting.spec).partial
     permuted = 2 * sum(value_bytes(n, setting) for n in (q, k, v, node)) if op.boxes else 0
     return Cost(
         flops=2 * pairs * (q.type.features + v.type.features),
         exps=pairs,
         bytes=sum(value_bytes(n, setting) for n in (q, k, v, node)),
         copied=gathered + masks + permuted,
-        launches=1 if skips else launches_of_tiles(q.type.rows.length, kept, heads, op.tile),
+        launches=1 if skips else launches_of_tiles(q.type.rows.length, kept, heads, op.tile, whole=whole),
         views=_OF_LISTS * skips + _OF_TABLES * _arrives(op),
     )
 

@@ -77,13 +77,13 @@ def _tiled(op: Attend, q: RowMap, k: RowMap, spec: AttentionSpec) -> tuple[Patte
 
 _GATHERED = 1 << 22
 """Keys x features of all heads that one batch of tiles gathers, as in ``runtime/tiles.py``."""
-_OPERATORS = 20
-"""Operators that one batch of tiles takes."""
+_OPERATORS, _OF_WHOLE = 20, 11
+"""Operators that one batch of tiles takes, and one of whole tiles, for which no mask is made."""
 
 
-def launches_of_tiles(rows: int, kept: float, heads: int, tile: tuple[int, int]) -> int:
-    """Return the operators for tiles that are gathered, a batch of tile rows at a time."""
+def launches_of_tiles(rows: int, kept: float, heads: int, tile: tuple[int, int], *, whole: bool = False) -> int:
+    """Return the operators for tiles that are gathered, a batch of tile rows at a time; ``whole`` ones have no mask."""
     tile_rows = max(1, -(-rows // tile[0]))
     width = max(1.0, kept / heads / tile_rows)
     at_once = max(1, int(_GATHERED / (width * tile[1] * 64 * heads)))
-    return _OPERATORS * (1 + -(-tile_rows // at_once))
+    return (_OF_WHOLE if whole else _OPERATORS) * (1 + -(-tile_rows // at_once))
