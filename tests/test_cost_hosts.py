@@ -15,6 +15,7 @@ from attnplan.cost.parameters import CALIBRATED, defaults
 from attnplan.cost.rules import backward_cost, forward_cost
 from attnplan.cost.setting import Setting
 from attnplan.cost.tiles import attend_tiles, launches_of_tiles
+from attnplan.cost.views import views_of
 from attnplan.errors import SpecError
 from attnplan.ir import Attend
 from attnplan.search import every_way
@@ -124,3 +125,31 @@ def test_whole_tiles_are_gathered_by_fewer_operators(whole):
         least, most = (launches_of_tiles(q.length, kept, heads, op.tile, whole=x) for x in (True, False))
         assert least < 0.6 * most
         assert forward_cost(node, Setting.of(graph, spec, way.schedule.priced)).launches == (least if whole else most)
+
+
+def views_by_attend(spec, name, *, back=False):
+    way = way_of(spec, name)
+    graph = way.lowered.graph
+    setting = Setting.of(graph, spec, way.schedule.priced)
+    return [(bool(setting.copied.intersection(n.args)), views_of(n, setting, back=back)) for n, _ in graph.of(Attend)]
+
+
+def test_rows_that_are_folded_or_copied_keep_the_host_busy():
+    grouped = spec_of(P.grouped([256, 512], [1, 2]), training=True)
+    longnet = spec_of(P.longnet([256, 512], [1, 2]), training=True)
+    views = dict(views_by_attend(grouped, "lattice-views > eager (cudnn)"))
+    folded = dict(views_by_attend(grouped, "lattice > eager (cudnn)"))
+    assert views == {False: 1}
+    assert folded[False] > views[False]
+    copied = dict(views_by_attend(longnet, "lattice > eager (cudnn)"))[True]
+    assert copied > 1
+    assert dict(views_by_attend(longnet, "lattice > eager (cudnn)", back=True))[True] > copied
+    assert dict(views_by_attend(longnet, "lattice-batch > eager (cudnn)"))[True] == 0
+
+
+def test_plain_torch_makes_indices_for_rows_and_a_mask_for_causal_ones():
+    name, grouped = "lattice > eager (math)", spec_of(P.grouped([256, 512], [1, 2]))
+    assert all(n > 30 for _, n in views_by_attend(grouped, name))
+    assert views_by_attend(spec_of(), "dense > eager (math)") == [(False, 0)]
+    whole, causal = (cost_of(spec_of(causal=c), "dense > eager (math)") for c in (False, True))
+    assert causal.launches == whole.launches + 6

@@ -11,6 +11,7 @@ from attnplan.cost.buffers import mask_elements, mask_spread
 from attnplan.cost.joins import placed, rows_there
 from attnplan.cost.setting import KernelModel, Setting, value_bytes
 from attnplan.cost.tiles import DOCUMENTS, attend_tiles, launches_of_tiles, tile_rows
+from attnplan.cost.views import views_of
 from attnplan.errors import PassError
 from attnplan.ir import Attend, Input, Merge, Mix, Node, Op, Output, Receive, Take
 from attnplan.ir.launch import launches
@@ -166,13 +167,15 @@ def _attend(node: Node, setting: Setting) -> Cost:
         moved += int(11 * prod(q.type.rows.sizes[:-1]) * setting.batch * rows * columns * setting.accumulator)
     pairs = work.flops / (2 * (q.type.features + v.type.features))
     arrives = _OF_MADE * (work.masked and not kernel.skips and _arrives(op))
-    around = _OF_MASKS * (work.masked and not kernel.skips) + 4 * kernel.materialises + _OF_DOCUMENTS * work.documents
+    around = _OF_MASKS * (work.masked and not kernel.skips) + _OF_DOCUMENTS * work.documents
+    if kernel.materialises:
+        around += _OF_PLAIN + _OF_TRIANGLES * (slot_condition(op, q.type.rows, k.type.rows) == "causal")
     return Cost(
         flops=work.flops,
         exps=pairs,
         bytes=moved + _kept(op, pairs, setting),
         launches=(1 + around) * _steps(op, rows, columns),
-        views=_views(node, setting) + _OF_WINDOWS * work.windowed + arrives,
+        views=views_of(node, setting) + _OF_WINDOWS * work.windowed + arrives,
         made=made,
     )
 
@@ -200,14 +203,6 @@ def _arrives(op: Attend) -> bool:
     return bool(op.where.operands) or op.shift is None
 
 
-def _views(node: Node, setting: Setting) -> int:
-    """Return how many operators take as long as the views of an attend's rows where they stand."""
-    if setting.kernel.fuses:
-        return _OF_FUSED
-    taken = [n.id for n in setting.graph.args(node) if isinstance(n.op, Take)]
-    return _OF_ROWS * (bool(taken) and not setting.copied.intersection(taken))
-
-
 def _kept(op: Attend, pairs: float, setting: Setting) -> float:
     """Return the bytes of the weights, and of slopes of a softcap, that a forward keeps for its backward."""
     each = (1 + (op.softcap is not None)) * setting.accumulator
@@ -224,12 +219,12 @@ _OF_COMPARED = 5
 _OF_DOCUMENTS, _OF_MASKS = 6, 8
 """Operators that lay documents end to end, and that make of a boolean mask one that is added and blank rows without a
 key."""
+_OF_PLAIN, _OF_TRIANGLES = 4, 6
+"""The same of plain torch: operators around its products, and those of a causal mask, which is made in each call."""
 _OF_WINDOWS = 1
 """As many operators take as long as the views that turn tensors for a window. The same of:"""
 _OF_MADE = 17
 """... what makes a mask of what comes with a call."""
-_OF_ROWS, _OF_FUSED = 1, 3
-"""... views of rows where they stand, and those in a program of Inductor's."""
 _OF_LISTS, _OF_TABLES = 4, 185
 """... lists of tiles on their way to a kernel, and what makes a table of tiles for one call."""
 _OF_GRADIENTS = 5
@@ -417,7 +412,10 @@ def backward_cost(node: Node, setting: Setting) -> Cost:
     if isinstance(op, Attend):
         if op.tile is not None and "tile-masks" in setting.kernel.native:  # partial tiles are gathered, as for others
             forward = _tiled_attend(node, setting, skips=False)
-        rest = (0.0, 2 * forward.launches + 2, 2 * forward.copied, forward.views, forward.made)
+        views = forward.views
+        if op.tile is None:
+            views += views_of(node, setting, back=True) - views_of(node, setting)
+        rest = (0.0, 2 * forward.launches + 2, 2 * forward.copied, views, forward.made)
         kept = _kept(op, forward.exps, setting)
         if kept:
             return Cost(2 * forward.flops, 0, 2.5 * (forward.bytes - kept) + kept, *rest)
