@@ -44,7 +44,7 @@ MOST_STEP = 0.7
 """Largest change of a logarithm in one step."""
 LEAST = {"few": 1.0, "lone": 1.0}
 """Smallest values of some numbers, likewise."""
-LIMITS = {"exposed": 0.1, "quantum": 1.0, "peak": 1.5, "direct": 1.0} | dict.fromkeys(
+LIMITS = {"exposed": 0.1, "quantum": 1.0, "peak": 1.5, "direct": 1.0, "quick": 1.0} | dict.fromkeys(
     ("memory", "copy", "join", "own_copy", "own_join", "gather"), 1.5
 )
 """Largest values of some numbers, by the part of their path that says what they are."""

@@ -180,11 +180,11 @@ def timed(
     """Return the cost of each op, the seconds of a call, and those of the host."""
     loaded = tuple(found)
     clock = _Clock(spec, kernel, device, table)
-    if clock.kernel.direct != 1.0 and is_direct(loaded, spec, kernel):
-        clock.share = clock.kernel.direct
+    if (clock.kernel.direct != 1.0 or clock.kernel.quick != 1.0) and is_direct(loaded, spec, kernel):
+        clock.shares = (1.0, clock.kernel.direct) if spec.training else (clock.kernel.quick, 1.0)
     ops = tuple(_free(x.node) if x.forward is FREE and x.backward is FREE else clock.op(x) for x in loaded)
     busy = [op for op in ops if op.cost is not FREE]
-    around = clock.kernel.call + (clock.share * clock.kernel.backward_call if spec.training else 0.0)
+    around = clock.kernel.call + (clock.shares[1] * clock.kernel.backward_call if spec.training else 0.0)
     host = around + sum(op.host for op in busy)
     on_device = sum(op.seconds for op in busy)
     if device.kind == "cpu":  # the host is the device, and an op's seconds include its own
@@ -193,8 +193,8 @@ def timed(
 
 
 def is_direct(found: Iterable[Load], spec: AttentionSpec, kernel: KernelModel) -> bool:
-    """Return whether a training plan is one call of a kernel, as ``Emitter.direct`` says."""
-    if not spec.training or not spec.is_static or spec.biases or spec.sink_logits:
+    """Return whether a plan is one call of a kernel, as ``Emitter.direct`` says."""
+    if not spec.is_static or spec.biases or spec.sink_logits:
         return False
     busy = [x for x in found if x.forward is not FREE or x.backward is not FREE]
     if len(busy) != 1 or busy[0].work is None or busy[0].forward.launches != 1:
@@ -217,16 +217,16 @@ class _Clock:
         self.materialises = kernel.materialises
         self.again = 2.0 if kernel.keeps else 2.5
         """Matrix products of a backward for each of the forward."""
-        self.share = 1.0
-        """Share of a backward's host time that is left."""
+        self.shares = (1.0, 1.0)
+        """Shares of the host's time that are left of a forward and of a backward."""
 
     def op(self, load: Load) -> OpCost:
-        cost, host = load.forward, self._host(load, load.forward, self.kernel.host)
+        cost, host = load.forward, self._host(load, load.forward, self.shares[0] * self.kernel.host)
         compute, memory, start = self._device(load, cost, self.kernel.forward, self.kernel.causal, 1.0)
         seconds = max(compute, memory) + start
         if load.backward is not FREE:
             cost += load.backward
-            host += self._host(load, load.backward, self.share * self.kernel.backward_host)
+            host += self._host(load, load.backward, self.shares[1] * self.kernel.backward_host)
             back = self._device(load, load.backward, self.kernel.backward, self.kernel.causal_backward, self.again)
             seconds += max(back[0], back[1]) + back[2]
             compute, memory, start = compute + back[0], memory + back[1], start + back[2]

@@ -88,6 +88,8 @@ class KernelParameters:
 
     1 stays 1 in a fit: nothing else differentiates such a plan then.
     """
+    quick: float = 1.0
+    """The same of a forward, which keeps no LSE if nobody differentiates such a plan."""
     tile: int = 128
     """Query rows of one block of threads."""
     splits: bool = False
@@ -140,11 +142,11 @@ class Parameters:
         return found
 
     def indirect(self, key: str) -> Parameters:
-        """Return a table for parts of a plan, whose backward is never torch's own."""
+        """Return a table for parts of a plan, which keep their LSE and are never differentiated by torch itself."""
         found = self.kernels.get(key)
-        if found is None or found.direct == 1.0:
+        if found is None or found.direct == found.quick == 1.0:
             return self
-        return attrs.evolve(self, kernels={**self.kernels, key: attrs.evolve(found, direct=1.0)})
+        return attrs.evolve(self, kernels={**self.kernels, key: attrs.evolve(found, direct=1.0, quick=1.0)})
 
     def numbers(self) -> dict[str, float]:
         """Return every number that a calibration may set, by its path.

@@ -175,7 +175,7 @@ def _attend(node: Node, setting: Setting) -> Cost:
         exps=pairs,
         bytes=moved + _kept(op, pairs, setting),
         launches=(1 + around) * _steps(op, rows, columns),
-        views=views_of(node, setting) + _OF_WINDOWS * work.windowed + arrives,
+        views=views_of(node, setting) + _OF_WINDOWS * (work.windowed and kernel.turned) + arrives,
         made=made,
     )
 

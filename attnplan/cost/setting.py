@@ -39,6 +39,8 @@ class KernelModel:
     """Its name in the table of :mod:`attnplan.cost.parameters`; a kernel without one runs at :attr:`efficiency`."""
     writes_into: bool = False
     """Whether it writes its results to where it is told, in whatever strides."""
+    turned: bool = False
+    """Whether a call over a window is another one, for which tensors are turned."""
     fuses: bool = False
     """Whether a compiler fuses what takes rows before it and joins parts after it."""
 

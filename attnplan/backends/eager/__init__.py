@@ -37,7 +37,7 @@ CUDNN_WITHOUT_MASKS = attrs.evolve(CUDNN, kernel=KernelModel(efficiency=0.56, ma
 """Where its masks were never tried."""
 FLASH_CUDA = Schedule(
     "flash",
-    KernelModel(efficiency=0.33, masks=False, native=frozenset({"window", "documents"})),
+    KernelModel(efficiency=0.33, masks=False, native=frozenset({"window", "documents"}), turned=True),
     "SDPA's FlashAttention-2 operator",
     runs="flash-cuda",
     tested="H100",
