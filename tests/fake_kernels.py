@@ -19,7 +19,7 @@ __all__ = ["Aten", "BlockSparseTensorsTorch", "broken", "calls", "install", "xfo
 def install(monkeypatch, *, without=()):
     """Put the packages where imports find them, as if they were installed, and torch's operators where they are."""
     from attnplan.backends import base
-    from attnplan.runtime import kernels_flash, kernels_sdpa, kernels_xformers
+    from attnplan.runtime import kernels_cudnn, kernels_flash, kernels_sdpa, kernels_xformers
 
     calls.clear()
     broken.clear()
@@ -44,3 +44,4 @@ def install(monkeypatch, *, without=()):
         cached.cache_clear()
     monkeypatch.setattr(base, "_version", lambda name: "0.0")
     monkeypatch.setattr(kernels_sdpa, "_aten", Aten())
+    monkeypatch.setattr(kernels_cudnn, "_aten", Aten())

@@ -236,7 +236,7 @@ def test_the_lse_is_computed_for_a_backward_only(schedule):
     spec = AttentionSpec(seq_len=64, heads=2, head_dim=64, dtype="bfloat16", causal=True)
     found = next(f for c, f in every_way(spec, H100) if f is not None and c.name == f"dense > eager ({schedule})")
     program = Plan(spec, H100, found, {}).program
-    assert "None, True, 0.0" in program.module.code
+    assert ("None, True, 0.0" if schedule == "efficient" else "differentiable") in program.module.code
     assert "None, False, 0.0" in program.quick.code
 
 

@@ -162,8 +162,8 @@ def test_plans_are_captured_in_cuda_graphs_and_never_wait(variant):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(out, want), schedule.name
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             plan(*tensors[:3])
         finally:
             torch.cuda.set_sync_debug_mode("default")

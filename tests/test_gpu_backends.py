@@ -7,6 +7,7 @@ from functools import lru_cache
 import attrs
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from attnplan import Dim
@@ -249,6 +250,22 @@ def test_kernels_that_are_started_again_work_on_the_tensors_of_each_call(schedul
     assert forward
     assert None not in forward.values(), "a call that is not as expected enters the interface each time"
     assert SPECS[name].kv_heads != SPECS[name].heads or None not in backward.values()
+
+
+def test_gradients_by_cudnn_do_not_depend_on_what_was_compiled_before():
+    """PyTorch keeps a compiled backward whatever the strides of the output and its gradient: ours fit each other."""
+    lengths = ([64, 128], [1, 2])
+    specs = [spec_of(P.longnet(*lengths)), spec_of(P.longnet(*lengths, mix="mean")), spec_of(causal=True), spec_of()]
+    for spec in (*specs, *reversed(specs)):
+        call = Call.of(spec, batch=2, device="cuda", through_lse=False)
+        by_rows = call.grad.transpose(1, 2).contiguous().transpose(1, 2)
+        want = call.expected()
+        for one in (call, attrs.evolve(call, grad=by_rows)):
+            q, k, v = (x.detach().requires_grad_() for x in one.inputs)
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+                F.scaled_dot_product_attention(q, k, v, is_causal=spec.causal).backward(by_rows)
+            for plan in plans("eager (cudnn)", spec):
+                assert_agree(one.got(plan), want, LSE_GRADIENT["bfloat16"], way(plan))
 
 
 def deterministic_schedules():

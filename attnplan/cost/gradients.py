@@ -136,8 +136,16 @@ class Program(Live):
         folded = value * (1 if self._saved() else 2) + rows * self.acc  # grad, LSE, and the output if it is the whole's
         gathered = copied + (folded if copied else 0)
         part = rows * self.acc * (not self._is_whole(node)) + value * self._copies_of_flow(node, group)
+        part += self._laid_out(node)
         during = Memory(workspace=own + extra + part + sum(map(self._backward_workspace, group)), gathered=gathered)
         return larger(during, Memory(workspace=self._building(node), gathered=gathered))
+
+    def _laid_out(self, node: Node) -> int:
+        """Return the bytes of q and of a gradient that a backward lays out as the output of its own forward lies."""
+        q = self.graph[node.args[0]]
+        if not needs(self.setting).alike or not self._saved() or q.id in self.setting.copied or self._is_whole(node):
+            return 0
+        return 2 * value_bytes(q, self.setting)
 
     def _copies_of_flow(self, node: Node, group: list[Node]) -> int:
         """Return how many tensors like the output a backward copies: of its gradient, and of the output itself."""

@@ -46,13 +46,18 @@ class Needs:
     marks_empty: bool = False
     """Whether every LSE is read through for rows without a key, whatever was asked for."""
 
+    alike: bool = False
+    """Whether the backward copies q and the gradient of the output where these have gaps and the output has none."""
+
     def of(self, *, training: bool) -> Needs:
         """Return what of this matters: without a backward not what only that allocates."""
-        return self if training else attrs.evolve(self, in_order=True, sums=True, features=(128, 32), sums_keys=False)
+        if training:
+            return self
+        return attrs.evolve(self, in_order=True, sums=True, features=(128, 32), sums_keys=False, alike=False)
 
 
 NEEDS: Mapping[str, Needs] = {
-    "cudnn": Needs(in_order=False, splits=""),
+    "cudnn": Needs(in_order=False, splits="", alike=True),
     "flash-cuda": Needs(),
     "efficient": Needs(rows_first=True, features=(64, 64), wide=True, splits="", shows_keys=True, blanks=True),
     "fa2": Needs(in_order=False),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from attnplan.runtime.kernels import KERNELS
+from attnplan.runtime.kernels_cudnn import CuDNN
 from attnplan.runtime.kernels_flash import Flash2, Flash3, Flash4
-from attnplan.runtime.kernels_sdpa import CuDNN, Efficient, FlashCUDA
+from attnplan.runtime.kernels_sdpa import Efficient, FlashCUDA
 from attnplan.runtime.kernels_xformers import XFormers
 
 KERNELS |= {

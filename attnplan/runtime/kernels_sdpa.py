@@ -1,7 +1,7 @@
-"""Torch's own CUDA kernels: FlashAttention-2 with windows and packed documents, cuDNN, and the efficient kernel.
+"""Torch's own CUDA kernels: FlashAttention-2 with windows and packed documents, and the efficient kernel.
 
-LSE conventions differ: FlashAttention-2 reports +inf for rows without a key, the efficient kernel pads its rows to a
-multiple of 32, and cuDNN has one more dimension. Each is converted here.
+LSE conventions differ: FlashAttention-2 reports +inf for rows without a key, and the efficient kernel pads its rows to
+a multiple of 32. Each is converted here.
 """
 
 from __future__ import annotations
@@ -128,53 +128,6 @@ class FlashCUDA:
         found = _aten._flash_attention_backward(*rows, *apart, **rest)
         dq, dk, dv = (unpacked(x, q.shape[0]) for x in found)
         return dq, dk, dv
-
-
-class CuDNN:
-    """SDPA's cuDNN operator: half precision, whole and causal squares; any mask, as an additive one."""
-
-    widest = 128
-    groups = True
-
-    def __init__(self) -> None:
-        self.lse_dims = 4
-        """Dimensions of the LSE of this version's operator, 3 or 4, which its backward needs again."""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, asked: Request) -> Pair:
-        """Run the forward operator."""
-        assert asked.is_plain, "the operator knows no windows"
-        out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
-            q, k, v, _for_all_heads(asked, q), True, 0.0, asked.causal, False, scale=asked.scale
-        )
-        self.lse_dims = lse.dim()
-        lse = lse.squeeze(-1) if lse.dim() == 4 else lse
-        if asked.mask is not None and asked.mask.dtype == torch.bool:
-            blank_empty_rows(asked.mask, out, lse)  # they are NaN
-        return out, lse
-
-    def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, asked: Request
-    ) -> Triple:
-        """Run the backward operator, whose seed and offset are read only under dropout.
-
-        With LSE +inf all weights of a row are 0, as those of a row without a key must be.
-        """
-        stats = empty_rows_above(lse) if may_lack_keys(q, k, asked) else lse.contiguous()
-        stats = stats.unsqueeze(-1) if self.lse_dims == 4 else stats
-        seed = q.new_empty((), dtype=torch.int64)
-        lengths = (None, None, q.shape[2], k.shape[2], 0.0)
-        given = (grad, q, k, v, out, stats, seed, seed, _for_all_heads(asked, q), *lengths)
-        return _aten._scaled_dot_product_cudnn_attention_backward(  # type: ignore[no-any-return]
-            *given, asked.causal, scale=asked.scale
-        )
-
-
-def _for_all_heads(asked: Request, q: Tensor) -> Tensor | None:
-    """Return what is added to scores, with one head where all have the same."""
-    bias = additive(asked.mask, q.dtype, _BIAS_ELEMENTS, asked.bias)
-    if bias is None:
-        return None
-    return (bias[:, :1] if bias.stride(1) == 0 else bias).expand(q.shape[0], -1, -1, -1)
 
 
 class Efficient:

@@ -47,17 +47,6 @@ def fmha() -> Any:
     raise ImportError("; ".join(failures))
 
 
-@lru_cache(maxsize=16)
-def _operator(package: Any, name: str, way: str) -> Any:
-    return getattr(getattr(package, name), way)
-
-
-@lru_cache(maxsize=2)
-def _triangle(kinds: Any) -> Any:
-    """Return the bias of causal squares, which holds nothing of a call."""
-    return kinds.LowerTriangularMask()
-
-
 class XFormers(Opaque):
     """One pair of forward and backward operators."""
 
@@ -119,7 +108,7 @@ class XFormers(Opaque):
         return heads.back(out.transpose(1, 2))
 
     def _operator(self, which: int) -> Any:
-        return _operator(fmha(), self.operators[which], ("FwOp", "BwOp")[which])
+        return getattr(getattr(fmha(), self.operators[which]), ("FwOp", "BwOp")[which])
 
     def _bias(self, heads: Groups, q: Tensor, k: Tensor, asked: Request) -> Any:
         kinds = fmha().attn_bias
@@ -133,7 +122,7 @@ class XFormers(Opaque):
                 mask = mask.expand(q.shape[0], q.shape[1], -1, -1)
             return additive(heads.mask(mask), q.dtype, _ALIGN, heads.mask(asked.bias))
         if asked.causal:
-            return _triangle(kinds)
+            return kinds.LowerTriangularMask()
         if asked.window == EVERYTHING:
             return None
         if right == 0:

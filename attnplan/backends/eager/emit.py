@@ -23,7 +23,7 @@ from attnplan.ir.ops import disjoint
 from attnplan.ir.slots import mask_rows, slot_condition
 from attnplan.lower import lower
 from attnplan.runtime import attend as attends
-from attnplan.runtime import loops, tile_masks, views
+from attnplan.runtime import kernels_cudnn, loops, tile_masks, views
 from attnplan.runtime import merge as merges
 from attnplan.runtime.dropout import DropoutMask
 from attnplan.runtime.following import FollowingWindow
@@ -145,6 +145,8 @@ class Emitter:
             code.output(code.call_function(F.scaled_dot_product_attention, (q, k, v), options))
         elif window or (kernel == "efficient" and grouped):
             return None
+        elif kernel == "cudnn" and learns:
+            code.output(code.call_function(kernels_cudnn.differentiable, (q, k, v, causal, op.scale)))
         else:
             between = (None, learns) if kernel in _TOLD else ()
             call = code.call_function(_OPERATORS[kernel], (q, k, v, *between, 0.0, causal), {"scale": op.scale})
