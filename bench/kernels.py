@@ -33,7 +33,7 @@ from bench.kernels_by_hand import blocks_by_hand, flex_by_hand, raw
 from bench.kernels_clock import Ledger, Row, host, parts, race
 
 KEEPS = (0.5, 0.2, 0.1, 0.05, 0.02)
-HOST_ROUNDS = 31
+HOST_ROUNDS, HOST_CALLS = 25, 12
 HOPELESS = 6
 """Plans that are predicted to take this many times as long as the fastest are not run."""
 
@@ -108,7 +108,7 @@ def plain(setting: Setting, ledger: Ledger) -> None:
             by_hand = raw(plan, q, k, v)
             both = {"plan": partial(plan, q, k, v), "raw": by_hand}
             times = race(both, setting.rounds, on_gpu=setting.on_gpu)
-            waits = host(both, HOST_ROUNDS, 40, on_gpu=setting.on_gpu)
+            waits = host(both, HOST_ROUNDS, HOST_CALLS, on_gpu=setting.on_gpu)
             over = [a - b for a, b in zip(waits["plan"], waits["raw"], strict=True)]
             return {
                 **flat(times),
