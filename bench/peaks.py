@@ -67,12 +67,21 @@ def measured(row: Row, spec: AttentionSpec) -> int:
 
 
 def peaks_of(judged: Sequence[Judged]) -> Iterator[Peak]:
-    """Iterate over the rows whose peak was measured and can be predicted."""
+    """Iterate over the ways whose peak was measured and can be predicted.
+
+    One that was measured in several environments allocates the same in all: what one of them has more is what a cycle
+    of an earlier call still held there.
+    """
+    found: dict[tuple[str, str], Peak] = {}
     for one in judged:
         spec = one.case.spec
         for way in one.own:
             if way.peak is not None and "peak" in way.row:
-                yield Peak(way, one.case.name, spec.training, way.peak, measured(way.row, spec))
+                peak = Peak(way, one.case.name, spec.training, way.peak, measured(way.row, spec))
+                least = found.setdefault((one.case.name, way.name), peak)
+                if peak.measured < least.measured:
+                    found[one.case.name, way.name] = peak
+    yield from found.values()
 
 
 def report(judged: Sequence[Judged]) -> str:

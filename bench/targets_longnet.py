@@ -14,8 +14,6 @@ RUNS = (
     ("flash-attn 4", ("longnet-forward-fa4-h100", "longnet-training-fa4-h100")),
 )
 """Both environments: with cuDNN alone, and with flash-attn 4 beside it."""
-EARLIER = "longnet-h100-fa4"
-"""An earlier version's rows, which still are the only ones of flash-attn 4 for B forward and for grouped heads."""
 TIMELINE = "longnet-timeline-h100"
 
 
@@ -27,10 +25,6 @@ def longnet(results: Results) -> Iterator[Target]:
             known = {_title(where): found for where, found in groups(rows).items()}
             for one in targets(rows, on_cpu=False):
                 yield from _of(one, rows, known, run)
-    for one in targets(results.rows(EARLIER), on_cpu=False):
-        if one["what"].startswith(("B forward, auto", "gA forward, auto", "gB forward, auto")):
-            note = "an earlier version's rows; the newer run ended before this case"
-            yield _shown(one, f"{_named(one['what'])}, flash-attn 4", note)
     rows = results.rows("longnet-lengths-h100")
     tokens, ratio = flatness(rows, 1 << 16).get("plan auto", (0, None))
     what = "time of a token from 65,536 to 4,194,304 tokens, slowest over fastest"
@@ -54,7 +48,9 @@ def _of(one: Row, rows: list[Row], known: dict[str, list[Row]], run: str) -> Ite
         return
     title = one["what"].partition(", auto:")[0].partition(": auto /")[0]
     took = next((r["auto"] for r in rows if "auto" in r and _title(_where(r)) == title), "")
-    yield _shown(one, f"{_named(one['what'])}, {run}", "" if one["met"] else _why(one, known[title], took))
+    notes = [] if one["met"] else [_why(one, known[title], took)]
+    notes += ["a run before"] if any(r.get("earlier") for r in known[title]) else []
+    yield _shown(one, f"{_named(one['what'])}, {run}", "; ".join(notes))
 
 
 def _where(row: Row) -> tuple[str, bool, bool]:

@@ -339,6 +339,8 @@ def _memory(call: Call, before: int) -> Row:
     ``allocated`` holds the output, and with a backward the gradients; tables that a plan keeps count in both.
     """
     gc.collect(1)  # gradients of the first call that a cycle holds
+    if _allocated(True) > before:  # tables that a plan keeps, or a cycle that is old by now
+        gc.collect()
     kept = _allocated(True) - before
     torch.cuda.empty_cache()
     reserved = torch.cuda.memory_reserved()
