@@ -158,7 +158,8 @@ def judgement(device: str) -> Iterator[str]:
     judged = json.loads(path.read_text(encoding="utf-8"))
     yield "The cost model is fitted to half of the specs and judged on the other, by"
     yield "`python -m bench.regret --judge`, for three splits. Regret is the time of the choice over that of the best"
-    yield "candidate that the planner may choose by itself, minus 1; that of a policy is against everything measured."
+    yield "candidate that the planner may choose by itself in the same environment, minus 1; that of a policy is against"
+    yield "everything measured there. Packages that exclude each other are environments of their own."
     yield ""
     yield "| split | top-1 within noise | error dense | error sparse | error of the device's part | of the data sheet |"
     yield "|---|---|---|---|---|---|"
@@ -167,7 +168,7 @@ def judgement(device: str) -> Iterator[str]:
         cells = ("-" if one.get(name) is None else percent(one[name]) for name in names)
         yield f"| {one['seed']} | {' | '.join(cells)} |"
     yield ""
-    yield "| regret on held-out specs | specs | mean | 95th percentile | worst |"
+    yield "| regret on held-out specs | choices | mean | 95th percentile | worst |"
     yield "|---|---|---|---|---|"
     for name in judged["seeds"][0]["regret"]:
         got = [one["regret"][name] for one in judged["seeds"] if one["regret"][name]["specs"]]

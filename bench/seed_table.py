@@ -133,7 +133,7 @@ def plan_of(one: Row, device: str, dtype: str, heads: int) -> Plan:
         ring_size=one.ring,
     )
     gathers = one.kernel == "gathered" or (one.kernel == "materialising" and one.ring > 1 and device != "cpu")
-    plan = attnplan.compile(spec, device=device, strategy=TRANSPORT if gathers else "auto")
+    plan = attnplan.compile(spec, device=device, backend="eager", strategy=TRANSPORT if gathers else "auto")
     if one.kernel == "materialising" and "math" not in str(getattr(plan, "schedule", "math")):
         raise AttnPlanError(f"the planner chose {plan}, which materialises nothing")
     return plan

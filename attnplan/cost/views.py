@@ -7,7 +7,7 @@ from attnplan.ir import Attend, Graph, Node, Take
 
 _OF_ROWS, _OF_FUSED = 1, 3
 """Views of rows where they stand, and those in a program of Inductor's."""
-_OF_FOLDS = (2, 3)
+_OF_FOLDS = (1, 3)
 """Views that fold the axes of such rows into a kernel's two batch dimensions, forward and backward."""
 _OF_COPIES = (3, 7)
 """Views before rows are copied by operators; a backward copies rows of the output and its gradient besides."""
