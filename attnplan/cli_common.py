@@ -132,8 +132,15 @@ def _compile(spec: AttentionSpec, device: str, backend: str, strategy: str, max_
     return compile(spec, device, backend, strategy, max_memory)
 
 
+_HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
 class _Group(click.Group):
     """Turns our errors into one line on stderr and an exit code."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        cmd.context_settings = {**_HELP, **cmd.context_settings}  # whoever shows a command's help without the group
+        super().add_command(cmd, name)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -143,7 +150,7 @@ class _Group(click.Group):
             ctx.exit(next(code for kinds, code in _EXITS if isinstance(error, kinds)))
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=_Group, context_settings=_HELP)
 @click.version_option(package_name="attnplan")
 def main() -> None:
     """Plan, explain, run and verify attention.
