@@ -149,7 +149,9 @@ def agreement(results: Results) -> Iterator[Target]:
         ran, raised, wrong = sum(s in (AGREES, DIFFERS) for s in told), told.count(FAILED), told.count(DIFFERS)
         notes = [f"{ran} runs of {len(matrices)} specs"]
         notes += [f"{raised} more raised, which is refused now"] if raised else []
-        if wrong and all(r.get("schedule") == "cudnn" for m in matrices for r in m["results"] if r["status"] == DIFFERS):
+        if wrong and all(
+            r.get("schedule") == "cudnn" for m in matrices for r in m["results"] if r["status"] == DIFFERS
+        ):
             notes.append(MENDED)
         told_of = "; ".join(notes) if told else ""
         yield at_most(f"disagreements with float64, with {extra}", float(wrong) if told else None, 0, told_of, digits=0)
