@@ -158,8 +158,8 @@ def judgement(device: str) -> Iterator[str]:
     judged = json.loads(path.read_text(encoding="utf-8"))
     yield "The cost model is fitted to half of the specs and judged on the other, by"
     yield "`python -m bench.regret --judge`, for three splits. Regret is the time of the choice over that of the best"
-    yield "candidate that the planner may choose by itself in the same environment, minus 1; that of a policy is against"
-    yield "everything measured there. Packages that exclude each other are environments of their own."
+    yield "candidate that the planner may choose by itself in the same environment, minus 1; that of a policy is"
+    yield "against everything measured there. Packages that exclude each other are environments of their own."
     yield ""
     yield "| split | top-1 within noise | error dense | error sparse | error of the device's part | of the data sheet |"
     yield "|---|---|---|---|---|---|"

@@ -26,8 +26,8 @@ from bench.peaks import measured, peaks_of, report, results_of, table
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
 MIB = 2**20
 BELOW = {("eager (cudnn)", "dense"), ("xformers (split-k)", "dense")}
-"""Ways of which one row is predicted too low: one by 16 MiB, as gradients of an earlier call were still held, and one by
-0.3 MiB."""
+"""Ways of which one row is predicted too low: one by 16 MiB, as gradients of an earlier call were still held, and one
+by 0.3 MiB."""
 
 
 @pytest.fixture(scope="module")
