@@ -129,16 +129,16 @@ def backends(results: Results) -> Iterator[Target]:
         for schedule in schedules:
             row = results.row(file, what="plain causal", plan=f"dense > {schedule}")
             what, share = f"plain causal, `{schedule}` {where}", 100 * (row["ratio"] - 1) if row else None
-            yield at_most(f"{what}: over the raw kernel", share, 1.0, _run_of(row), unit=" %", digits=2)
+            yield at_most(f"{what}: over the raw kernel", share, 1.0, run_of(row), unit=" %", digits=2)
             host = row.get("microseconds over raw")
-            yield at_most(f"{what}: host over the raw kernel", host, 15, _run_of(row), unit=" us", digits=0)
+            yield at_most(f"{what}: host over the raw kernel", host, 15, run_of(row), unit=" us", digits=0)
     yield from blocks(results)
     plans = [r for r in results.rows("kernels-fa4-h100") if r["what"] == "longformer" and "plan seconds" in r]
     plans = [r for r in plans if ">" in r["plan"] and "without" not in r["plan"]]
     best = min(plans, key=lambda r: r["plan seconds"], default=None)
     ms = 1e3 * best["plan seconds"] if best else None
     note = f"by `{best['plan']}`; where it goes: [backends](backends.md#what-was-measured-on-an-h100)" if best else ""
-    note += f"; {_run_of(best)}" if best and _run_of(best) else ""
+    note += f"; {run_of(best)}" if best and run_of(best) else ""
     yield at_most("Longformer over 65,536 tokens", ms, 2.4, note, unit=" ms", digits=2)
 
 
@@ -160,9 +160,9 @@ def agreement(results: Results) -> Iterator[Target]:
 MENDED = "all of cuDNN's gradients, [mended since](backends.md#what-was-measured-on-an-h100)"
 
 
-def _run_of(row: Row) -> str:
-    """Return a remark on a row that is older than the others of its file."""
-    return "a run before" if row.get("earlier") else ""
+def run_of(*rows: Row) -> str:
+    """Return a remark on rows of which one is older than the others of its file."""
+    return "a run before" if any(row.get("earlier") for row in rows) else ""
 
 
 def blocks(results: Results) -> Iterator[Target]:
@@ -170,14 +170,14 @@ def blocks(results: Results) -> Iterator[Target]:
     for keep, share in OF_DENSE.items():
         row = results.row(name, what="random blocks", keep=keep)
         over = 100 * (row["ratio"] - 1) if row else None
-        yield at_most(f"random blocks, {keep:g} kept: over `fa4` by hand", over, 2.0, _run_of(row), unit=" %", digits=1)
+        yield at_most(f"random blocks, {keep:g} kept: over `fa4` by hand", over, 2.0, run_of(row), unit=" %", digits=1)
         if share is not None:
             of = row.get("of the ideal")
             note = f"{row['faster than dense']:.1f} times as fast as dense" if row else ""
             yield at_least(f"random blocks, {keep:g} kept: speed over dense, of 1 / kept", of, share, note, digits=2)
     row = results.row(name, what="causal window 4096", plan="dense > flash (fa4)")
     over = 100 * (row["ratio"] - 1) if row else None
-    yield at_most("causal window 4,096: over `fa4` by hand", over, 2.0, _run_of(row), unit=" %", digits=2)
+    yield at_most("causal window 4,096: over `fa4` by hand", over, 2.0, run_of(row), unit=" %", digits=2)
 
 
 # ------------------------------------------------------------------------------------------------------------ compiled

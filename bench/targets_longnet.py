@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.longnet_lengths_plot import flatness
 from bench.longnet_table import fastest, groups, targets
-from bench.targets import Results, Row, Target, at_least, at_most
+from bench.targets import Results, Row, Target, at_least, at_most, run_of
 
 RUNS = (
     ("cuDNN", ("longnet-forward-h100", "longnet-training-h100")),
@@ -49,8 +49,7 @@ def _of(one: Row, rows: list[Row], known: dict[str, list[Row]], run: str) -> Ite
     title = one["what"].partition(", auto:")[0].partition(": auto /")[0]
     took = next((r["auto"] for r in rows if "auto" in r and _title(_where(r)) == title), "")
     notes = [] if one["met"] else [_why(one, known[title], took)]
-    notes += ["a run before"] if any(r.get("earlier") for r in known[title]) else []
-    yield _shown(one, f"{_named(one['what'])}, {run}", "; ".join(notes))
+    yield _shown(one, f"{_named(one['what'])}, {run}", "; ".join(filter(None, [*notes, run_of(*known[title])])))
 
 
 def _where(row: Row) -> tuple[str, bool, bool]:

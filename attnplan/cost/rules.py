@@ -8,7 +8,7 @@ from math import prod
 import attrs
 
 from attnplan.cost.buffers import mask_elements, mask_spread
-from attnplan.cost.joins import placed, rows_there
+from attnplan.cost.joins import placed, pull_of, rows_there
 from attnplan.cost.setting import KernelModel, Setting, value_bytes
 from attnplan.cost.tiles import DOCUMENTS, attend_tiles, launches_of_tiles, tile_rows
 from attnplan.cost.views import views_of
@@ -422,7 +422,7 @@ def backward_cost(node: Node, setting: Setting) -> Cost:
         if setting.kernel.materialises:  # the scores are there
             return Cost(2 * forward.flops, 0, 1.5 * forward.bytes, *rest)
         return Cost(2.5 * forward.flops, forward.exps, 2.5 * forward.bytes, *rest)
-    pulls = any(getattr(n.op, "pull", False) for n in graph)
+    pulls = pull_of(graph) is not None
     elements = node.type.rows.elements_count * setting.batch * node.type.features if node.type else 0
     if isinstance(op, Take) and pulls and node.id in setting.copied and node.id not in setting.together:
         return Cost(views=_OF_GRADIENTS)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from attnplan.cost.joins import pull_of
 from attnplan.cost.setting import Setting
-from attnplan.ir import Attend, Graph, Node, Take
+from attnplan.ir import Attend, Node, Take
 
 _OF_ROWS, _OF_FUSED = 1, 3
 """Views of rows where they stand, and those in a program of Inductor's."""
@@ -30,12 +31,8 @@ def views_of(node: Node, setting: Setting, *, back: bool = False) -> int:
         return 0
     if kernel.materialises:
         return _OF_INDICES[back]
-    pulled = _pulls(setting.graph)
+    pulled = pull_of(setting.graph) is not None
     if setting.copied.intersection(n.id for n in taken):
         return 0 if op.launch is not None or (pulled and back) else _OF_COPIES[back]
     folded = not pulled and max(len(n.type.rows.batch) for n in taken) > 1
     return _OF_ROWS + folded * _OF_FOLDS[back]
-
-
-def _pulls(graph: Graph) -> bool:
-    return any(getattr(n.op, "pull", False) for n in graph)

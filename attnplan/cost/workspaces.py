@@ -45,7 +45,6 @@ class Needs:
     """Whether it leaves rows without a key to its caller under a mask, who copies the output and blanks them."""
     marks_empty: bool = False
     """Whether every LSE is read through for rows without a key, whatever was asked for."""
-
     alike: bool = False
     """Whether the backward copies q and the gradient of the output where these have gaps and the output has none."""
 

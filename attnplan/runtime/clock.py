@@ -164,7 +164,7 @@ def uncollected() -> Iterator[None]:
 
 
 def _race(calls: Mapping[str, Call], on_gpu: bool, plenty: Plenty) -> dict[str, Times]:
-    counts, rounds, led, firsts = dict[str, int](), dict[str, int](), dict[str, bool](), dict[str, float]()
+    counts, rounds, led, each = dict[str, int](), dict[str, int](), dict[str, bool](), dict[str, float]()
     taken, hosts = dict[str, list[float]](), dict[str, list[float]]()
 
     def turns(wanted: Mapping[str, int]) -> None:
@@ -184,13 +184,13 @@ def _race(calls: Mapping[str, Call], on_gpu: bool, plenty: Plenty) -> dict[str, 
         first, host = once(call, on_gpu)
         counts[name] = max(1, min(_MOST, round(_BURST / max(first, 1e-7))))
         led[name] = first < _LONG
-        firsts[name] = first * (counts[name] + (on_gpu and led[name]))
-        wanted = int(plenty.seconds / max(firsts[name], 1e-7))
+        each[name] = max(first * (counts[name] + (on_gpu and led[name])), 1e-7)  # seconds of a round
+        wanted = int(plenty.seconds / each[name])
         rounds[name] = 1 if first > plenty.slow else max(plenty.least, min(plenty.rounds, wanted))
         taken[name], hosts[name] = [], [host] if first > plenty.slow else []
     turns(rounds)
     if plenty.further and calls:
-        turns({n: min(plenty.further, int(plenty.further_seconds / max(firsts[n], 1e-7))) for n in _undecided(taken)})
+        turns({n: min(plenty.further, int(plenty.further_seconds / each[n])) for n in _undecided(taken)})
     found = {}
     for name, call in calls.items():
         host = statistics.median(hosts[name])

@@ -7,7 +7,7 @@ from that of others.
 
 References
 ----------
-``aten/src/ATen/native/cudnn/MHA.cpp`` of PyTorch 2.11: ``MHAParams``, ``run_cudnn_SDP_bprop``.
+``aten/src/ATen/native/cudnn/MHA.cpp`` of PyTorch: ``MHAParams``, ``run_cudnn_SDP_bprop``.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 
 from attnplan.runtime.kernels import Pair, Request, Triple, additive, blank_empty_rows, may_lack_keys
-from attnplan.runtime.kernels_sdpa import empty_rows_above
+from attnplan.runtime.kernels_sdpa import BIAS_ELEMENTS, empty_rows_above
 
 _aten = torch.ops.aten
-_BIAS_ELEMENTS = 16
-"""Rows of additive masks lie a multiple of so many elements apart, so that every load is aligned."""
 OWN = -0.0
 """Probability of dropout: none, in other bits than the 0.0 of everybody else, and bits are compared."""
 
@@ -123,7 +121,7 @@ def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 def _for_all_heads(asked: Request, q: Tensor) -> Tensor | None:
     """Return what is added to scores, with one head where all have the same."""
-    bias = additive(asked.mask, q.dtype, _BIAS_ELEMENTS, asked.bias)
+    bias = additive(asked.mask, q.dtype, BIAS_ELEMENTS, asked.bias)
     if bias is None:
         return None
     return (bias[:, :1] if bias.stride(1) == 0 else bias).expand(q.shape[0], -1, -1, -1)

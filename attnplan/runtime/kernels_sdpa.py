@@ -18,7 +18,7 @@ from attnplan.runtime.views import rows_first
 
 _aten = torch.ops.aten
 _LSE_ROWS = 32  # the efficient kernel reads LSE in runs of this many rows
-_BIAS_ELEMENTS = 16  # and additive masks whose rows are this many elements apart, so that every load is aligned
+BIAS_ELEMENTS = 16  # and additive masks whose rows are this many elements apart, so that every load is aligned
 
 
 def signed(window: tuple[int | None, int | None]) -> tuple[int, int]:
@@ -140,7 +140,7 @@ class Efficient:
         """Run the forward operator."""
         assert asked.is_plain, "the operator knows no windows"
         heads = Groups(q, k)
-        bias = additive(heads.mask(asked.mask), q.dtype, _BIAS_ELEMENTS, heads.mask(asked.bias))
+        bias = additive(heads.mask(asked.mask), q.dtype, BIAS_ELEMENTS, heads.mask(asked.bias))
         out, lse, *_ = _aten._scaled_dot_product_efficient_attention(
             heads.queries(q), heads.keys(k), heads.keys(v), bias, True, 0.0, asked.causal, scale=asked.scale
         )
@@ -155,7 +155,7 @@ class Efficient:
     ) -> Triple:
         """Run the backward operator, which wants LSE +inf for rows without a key and for those that pad it."""
         heads = Groups(q, k)
-        bias = additive(heads.mask(asked.mask), q.dtype, _BIAS_ELEMENTS, heads.mask(asked.bias))
+        bias = additive(heads.mask(asked.mask), q.dtype, BIAS_ELEMENTS, heads.mask(asked.bias))
         above = lse.masked_fill(lse == -torch.inf, torch.inf) if may_lack_keys(q, k, asked) else lse
         stats = F.pad(heads.queries(above), (0, -q.shape[2] % _LSE_ROWS), value=torch.inf).contiguous()
         seed = q.new_empty((), dtype=torch.int64)

@@ -100,9 +100,7 @@ class XFormers(Opaque):
     def run_direct(self, q: Tensor, k: Tensor, v: Tensor, asked: Request) -> Tensor:
         heads = Groups(q, k)
         bias = self._bias(heads, q, k, asked)
-        if heads.group > 1:
-            q, k, v = heads.queries(q), heads.keys(k), heads.keys(v)
-        rows = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        rows = [x.transpose(1, 2) for x in (heads.queries(q), heads.keys(k), heads.keys(v))]
         operators = (self._operator(0), self._operator(1))
         out = fmha().memory_efficient_attention(*rows, attn_bias=bias, scale=asked.scale, op=operators)
         return heads.back(out.transpose(1, 2))
