@@ -63,21 +63,35 @@ def equal_heads(q, k, v):
     assert q.shape[2] == k.shape[2], "grouped heads must be expanded"
 
 
+class Operator(str):
+    """An operator of the forward, which by itself checks nothing."""
+
+    def apply(self, given, needs_gradient):
+        called(str(self))
+        empty = torch.nan if self.startswith("cutlass") else torch.inf
+        mask = bias_mask(given.attn_bias, given.query, given.key)
+        out, lse = forward(given.query, given.key, given.value, mask, given.scale, 0.0, empty)
+        if self.startswith("cutlass"):
+            lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
+        return out, SimpleNamespace(lse=lse) if needs_gradient else None
+
+
 def xformers() -> ModuleType:
     made = ModuleType("xformers.ops.fmha")
     made.attn_bias = SimpleNamespace(**{name: type(name, (Bias,), {}) for name in BIASES})
     for name in ("flash", "cutlass", "triton_splitk"):
-        setattr(made, name, SimpleNamespace(FwOp=f"{name} forward", BwOp=f"{name} backward"))
+        setattr(made, name, SimpleNamespace(FwOp=Operator(f"{name} forward"), BwOp=f"{name} backward"))
+    made.Inputs = SimpleNamespace
 
     def memory_efficient_attention_forward_requires_grad(query, key, value, attn_bias=None, p=0.0, scale=None, *, op):
-        called(op)
+        called("checks")
         equal_heads(query, key, value)
         supported(op, attn_bias)
-        empty = torch.nan if op.startswith("cutlass") else torch.inf
-        out, lse = forward(query, key, value, bias_mask(attn_bias, query, key), scale, 0.0, empty)
-        if op.startswith("cutlass"):
-            lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
-        return out, lse
+        out, context = op.apply(made.Inputs(query=query, key=key, value=value, attn_bias=attn_bias, scale=scale), True)
+        return out, context.lse
+
+    def memory_efficient_attention_forward(query, key, value, attn_bias=None, p=0.0, scale=None, *, op):
+        return memory_efficient_attention_forward_requires_grad(query, key, value, attn_bias, p, scale, op=op)[0]
 
     def memory_efficient_attention_backward(
         grad, output, lse, query, key, value, attn_bias=None, p=0.0, scale=None, *, op
@@ -99,6 +113,7 @@ def xformers() -> ModuleType:
         return _Masked.apply(query, key, value, mask, scale)
 
     made.memory_efficient_attention_forward_requires_grad = memory_efficient_attention_forward_requires_grad
+    made.memory_efficient_attention_forward = memory_efficient_attention_forward
     made.memory_efficient_attention_backward = memory_efficient_attention_backward
     made.memory_efficient_attention = memory_efficient_attention
     return made

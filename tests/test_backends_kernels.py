@@ -247,3 +247,36 @@ def test_flash_attn_4_is_trained_without_its_own_function_which_keeps_the_host_b
     plan(*leaves).sum().backward()
     assert "fa4 function" not in fake_kernels.calls
     assert "fa4 backward" in fake_kernels.calls
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("spec", ["causal", "window", "longnet", "grouped queries"])
+def test_xformers_checks_tensors_of_one_kind_once(spec, return_lse):
+    call = Call.of(SPECS[spec], batch=2, through_lse=False)
+    want, inputs = call.expected().out, [x.detach() for x in call.inputs]
+    plan = next(p for p in plans(call.spec) if p._schedule.runs == "xformers-flash")
+    KERNELS["xformers-flash"]._checked.clear()
+    for already in (False, True):
+        fake_kernels.calls.clear()
+        got = plan(*inputs, return_lse=return_lse)
+        assert (fake_kernels.calls["checks"] > 0) is not already
+        assert fake_kernels.calls["flash forward"] > 0
+        torch.testing.assert_close(got[0] if return_lse else got, want)
+
+
+def test_xformers_checks_tensors_of_other_strides():
+    inputs = [x.detach() for x in Call.of(SPECS["causal"], batch=2).inputs]
+    plan = next(p for p in plans(SPECS["causal"]) if p._schedule.runs == "xformers-flash")
+    plan(*inputs)
+    fake_kernels.calls.clear()
+    plan(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs))
+    assert fake_kernels.calls == {"checks": 1, "flash forward": 1}
+
+
+def test_xformers_checks_a_mask_in_each_call():
+    call = Call.of(SPECS["any mask"], batch=2, through_lse=False)
+    plan = plan_by(call.spec, "cutlass")
+    for _ in range(2):
+        fake_kernels.calls.clear()
+        plan(*call.inputs)
+        assert fake_kernels.calls["checks"] == fake_kernels.calls["cutlass forward"] > 0
