@@ -70,7 +70,7 @@ def differentiable(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) 
     if torch.compiler.is_compiling():  # the program that is traced decides how gradients lie
         traced: Tensor = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)[0]
         return traced
-    if _dense(q, q.shape[-1]) is None:
+    if not q.is_contiguous() and _dense(q, q.shape[-1]) is None:
         q = q.contiguous()
     out: Tensor = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, OWN, causal, scale=scale)[0]
     if out.requires_grad:
