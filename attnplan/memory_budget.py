@@ -14,7 +14,7 @@ from attnplan.ir.coverage import Coverage
 from attnplan.passes.alike import bodies
 from attnplan.passes.base import Pass
 from attnplan.passes.chunk import Chunk, kv_heads, unloopable
-from attnplan.passes.pipeline import Pipeline, Step
+from attnplan.passes.pipeline import Memo, Pipeline, Step
 from attnplan.passes.recompute import Recompute, saves_more
 from attnplan.spec import AttentionSpec
 
@@ -158,21 +158,12 @@ def _proved(graph: Graph, rewrite: Pass, expected: Coverage) -> tuple[Graph, tup
     if known is None or known[0] != expected:
         if len(_PROVED) >= _KEPT:
             _PROVED.pop(next(iter(_PROVED), key), None)
-        known = _PROVED[key] = (expected, Pipeline((rewrite,)).run(graph, expected, {(graph, Nothing()): _NOTHING}))
+        known = _PROVED[key] = (expected, Pipeline((rewrite,)).run(graph, expected, Memo(proven={graph})))
     return known[1]
 
 
 _PROVED: dict[tuple[Graph, Pass], tuple[Coverage, tuple[Graph, tuple[Step, ...]]]] = {}
 _KEPT = 32
-
-
-class Nothing(Pass):
-    """Stands for the passes that led to a graph, which were proved with it."""
-
-    name = "nothing"
-
-
-_NOTHING = Step(Nothing(), 0, 0, 0.0, Graph(()))
 
 
 def may_fit(looped: Graph, way: Way, budget: int) -> bool:

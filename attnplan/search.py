@@ -124,7 +124,7 @@ def _start(spec: AttentionSpec) -> tuple[Graph, Coverage]:
 @lru_cache(maxsize=64)
 def _memo(spec: AttentionSpec) -> Memo:
     """Return the passes that have run for a spec, shared by its pipelines at every size of tiles."""
-    return {}
+    return Memo()
 
 
 def search(
@@ -217,12 +217,16 @@ def _options(
     failed: Mapping[Choice, str] = _NONE,
     measured: bool = False,
 ) -> Iterator[Option]:
+    found: dict[tuple[Tiling | None, bool], dict[str, Lowered]] = {}
     for name in STRATEGIES:
         for candidate_backend in registry().backends.values():
             if candidate_backend.naive == (name == "naive"):
                 for schedule in candidate_backend.schedules(target.device):
                     tiling = schedule.tiling(spec.training)
-                    lowered = {x.strategy: x for x in lowerings(spec, tiling, fused=schedule.fused)}.get(name)
+                    by_name = found.setdefault((tiling, schedule.fused), {})
+                    if not by_name:
+                        by_name.update((x.strategy, x) for x in lowerings(spec, tiling, fused=schedule.fused))
+                    lowered = by_name.get(name)
                     if lowered is not None:
                         if strategy in lowered.also:
                             lowered = attrs.evolve(lowered, strategy=strategy)

@@ -10,7 +10,7 @@ import attrs
 
 from attnplan.cost import Device
 from attnplan.ir import Attend, Graph, Node, RowMap, Take
-from attnplan.ir.native import Lowered, lowered
+from attnplan.ir.native import OF_PAIRS, Lowered, lowered
 from attnplan.patterns import Shape
 from attnplan.spec import AttentionSpec
 from attnplan.units import format_bytes
@@ -97,7 +97,7 @@ def _sizes(limits: Limits, spec: AttentionSpec) -> Iterator[str]:
 
 def _conditions(limits: Limits, native: frozenset[str], graph: Graph) -> Iterator[str]:
     """Yield why a kernel cannot express the first attend that it cannot."""
-    masked = _first_masked(graph, native)
+    masked = None if "mask" in native else _first_masked(graph, native & OF_PAIRS)
     for node, op in graph.of(Attend) if "blocks" in native else ():
         why = _blocks_reason(graph, node, native) if op.tile is not None else ""
         if why and (masked is None or node.id < masked.id):
@@ -110,8 +110,6 @@ def _conditions(limits: Limits, native: frozenset[str], graph: Graph) -> Iterato
 @lru_cache(maxsize=256)
 def _first_masked(graph: Graph, native: frozenset[str]) -> Node | None:
     """Return the first attend without tiles whose condition is none that a kernel knows."""
-    if "mask" in native:
-        return None
     found = (node for node, op in graph.of(Attend) if op.tile is None and lowered(graph, node, native) is None)
     return next(found, None)
 

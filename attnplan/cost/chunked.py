@@ -8,8 +8,8 @@ import attrs
 
 from attnplan.cost.batches import tile_counts
 from attnplan.cost.buffers import looked_up
-from attnplan.cost.rules import with_tiles
 from attnplan.cost.setting import Setting, value_bytes
+from attnplan.cost.work import with_tiles
 from attnplan.ir import Attend, Graph, Node, RowMap
 from attnplan.spec import AttentionSpec
 

@@ -12,8 +12,8 @@ from attnplan.cost.chunked import chunk_bytes, runs_chunks
 from attnplan.cost.conditions import predicate_bytes
 from attnplan.cost.joins import base, pull_of
 from attnplan.cost.placed import whole_of
-from attnplan.cost.rules import with_tiles
 from attnplan.cost.setting import Setting, value_bytes
+from attnplan.cost.work import with_tiles
 from attnplan.cost.workspaces import block_bytes, forward_workspace, needs
 from attnplan.ir import Attend, Graph, Merge, Mix, Node, Output, RowMap, Take
 from attnplan.ir.launch import launches

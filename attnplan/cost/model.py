@@ -23,16 +23,10 @@ from attnplan.cost.device import Device
 from attnplan.cost.looped import is_piecewise, piecewise_seconds
 from attnplan.cost.memory import peak_memory
 from attnplan.cost.parameters import Curve, KernelParameters, Parameters, defaults
-from attnplan.cost.rules import (
-    FREE,
-    Cost,
-    Work,
-    attend_work,
-    backward_cost,
-    forward_cost,
-    launched_rows,
-)
+from attnplan.cost.placed import is_alone
+from attnplan.cost.rules import FREE, Cost, backward_cost, forward_cost, launched_rows
 from attnplan.cost.setting import KernelModel, Setting
+from attnplan.cost.work import Work, attend_work
 from attnplan.cost.workspaces import like
 from attnplan.ir import Attend, Graph, Node
 from attnplan.ir.slots import slot_condition
@@ -110,9 +104,12 @@ def price(
         What is known about kernels; the default is what publications say.
     """
     table = defaults(device.kind) if parameters is None else parameters
-    alike = _alike(kernel, plain=_is_plain(graph))
+    plain = _is_plain(graph)
+    alike = _alike(kernel, plain=plain)
     found_loads = demands(graph, spec, alike)
-    memory = room(graph, spec, attrs.evolve(alike, key=like(kernel.key, training=spec.training)), device.kind)
+    wide, shared = max(spec.head_dim, spec.value_dim) > 128, spec.kv_heads < spec.heads
+    key = like(kernel.key, training=spec.training, masked=not plain, shared=shared, wide=wide)
+    memory = room(graph, spec, attrs.evolve(alike, key=key), device.kind)
     ops, seconds, host = timed(found_loads, spec, kernel, device, table)
     found = Prediction(seconds, memory.total, ops, host, table.basis, table.note, memory)
     if is_piecewise(graph):
@@ -136,8 +133,11 @@ def _free(node: int) -> OpCost:
 
 @lru_cache(maxsize=256)
 def _is_plain(graph: Graph) -> bool:
-    """Return whether no attend asks a kernel for more than all of them know: whole or causal rows."""
-    return all(
+    """Return whether no attend asks a kernel for more than all of them know: whole or causal rows.
+
+    Pieces of rows may, as their diagonals end elsewhere.
+    """
+    return is_alone(graph) and all(
         op.tile is None
         and op.softcap is None
         and not op.biases
@@ -217,8 +217,17 @@ class _Clock:
         self.materialises = kernel.materialises
         self.again = 2.0 if kernel.keeps else 2.5
         """Matrix products of a backward for each of the forward."""
+        self._known: dict[tuple[int, int], tuple[float, float]] = {}
         self.shares = (1.0, 1.0)
         """Shares of the host's time that are left of a forward and of a backward."""
+
+    def _at(self, curve: Curve, width: int) -> tuple[float, float]:
+        """Return :meth:`Curve.at`, remembered: the parts of a call have heads of one width."""
+        key = (id(curve), width)
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = curve.at(width)
+        return found
 
     def op(self, load: Load) -> OpCost:
         cost, host = load.forward, self._host(load, load.forward, self.shares[0] * self.kernel.host)
@@ -270,7 +279,7 @@ class _Clock:
         ``factor`` is how many times the arithmetic of the forward is done.
         """
         units = self.device.units
-        peak, half = curve.at(work.features)
+        peak, half = self._at(curve, work.features)
         rate = self.peak * peak / units * (1.0 if work.even else causal) * (self.kernel.masked if work.masked else 1.0)
         rate *= curve.in_window(work.features) if work.windowed else 1.0
         tile = min(self.kernel.tile, work.rows) if self.device.kind == "cpu" else self.kernel.tile

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import attrs
 
 from attnplan.ir import Attend, Graph, Node, RowMap, Take
 from attnplan.ir.launch import fold, launches
 from attnplan.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from attnplan.cost.work import Work
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -59,23 +63,25 @@ class Setting:
 
     gathered: frozenset[int] = frozenset()
     """The takes whose rows one kernel of our own gathers for a launch."""
+    works: dict[int, Work] = attrs.field(factory=dict, init=False, eq=False, repr=False)
+    """What kernels compute for attends, by id, as far as somebody asked."""
 
     @classmethod
     def of(cls, graph: Graph, spec: AttentionSpec, kernel: KernelModel) -> Setting:
         """Return the setting in which ``graph`` is priced."""
         return cls(spec, kernel, graph, *_shared(graph, spec))
 
-    @property
+    @cached_property
     def batch(self) -> int:
         """Batch size that is priced."""
         return self.spec.batch
 
-    @property
+    @cached_property
     def item(self) -> int:
         """Bytes of one element."""
         return ITEM_BYTES[self.spec.dtype]
 
-    @property
+    @cached_property
     def accumulator(self) -> int:
         """Bytes of one element of an accumulator."""
         return max(4, self.item)

@@ -48,11 +48,18 @@ class Needs:
     alike: bool = False
     """Whether the backward copies q and the gradient of the output where these have gaps and the output has none."""
 
-    def of(self, *, training: bool) -> Needs:
-        """Return what of this matters: without a backward not what only that allocates."""
-        if training:
-            return self
-        return attrs.evolve(self, in_order=True, sums=True, features=(128, 32), sums_keys=False, alike=False)
+    def of(self, *, training: bool, masked: bool = True, shared: bool = True, wide: bool = True) -> Needs:
+        """Return what of this matters: not what only a backward allocates, or masks, shared keys or wide heads."""
+        found = self
+        if not training:
+            found = attrs.evolve(found, in_order=True, sums=True, features=(128, 32), sums_keys=False, alike=False)
+        return attrs.evolve(
+            found,
+            blanks=found.blanks and masked,
+            shows_keys=found.shows_keys and shared,
+            sums_keys=found.sums_keys and shared,
+            wide=found.wide and wide,
+        )
 
 
 NEEDS: Mapping[str, Needs] = {
@@ -73,8 +80,8 @@ ANY = Needs(rows_first=True, features=(64, 64), splits="some", marks_empty=True)
 """What a kernel is taken to need that nobody has written down."""
 
 
-@lru_cache(maxsize=64)
-def like(key: str, *, training: bool = True) -> str:
+@lru_cache(maxsize=512)
+def like(key: str, *, training: bool = True, masked: bool = True, shared: bool = True, wide: bool = True) -> str:
     """Return the first kernel that allocates as another does, by their keys; nothing if nobody wrote it down.
 
     Examples
@@ -82,15 +89,16 @@ def like(key: str, *, training: bool = True) -> str:
     >>> like("fa2"), like("cudnn"), like("mine")
     ('fa2', 'cudnn', '')
 
-    Without a backward more of them are alike:
+    Without a backward more of them are alike, or where no heads share keys:
 
-    >>> like("fa2", training=False), like("fa3", training=False)
-    ('flash-cuda', 'cudnn')
+    >>> like("fa2", training=False), like("fa3", training=False), like("xformers-flash", shared=False)
+    ('flash-cuda', 'cudnn', 'flash-cuda')
     """
     if key not in NEEDS:
         return ""
-    wanted = NEEDS[key].of(training=training)
-    return next(other for other, found in NEEDS.items() if found.of(training=training) == wanted)
+    told = {"training": training, "masked": masked, "shared": shared, "wide": wide}
+    wanted = NEEDS[key].of(**told)
+    return next(other for other, found in NEEDS.items() if found.of(**told) == wanted)
 
 
 def needs(setting: Setting) -> Needs:

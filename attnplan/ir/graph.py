@@ -93,7 +93,7 @@ class Graph:
         verify_launches(self)
 
     def _verify_node(self, place: int, node: Node) -> None:
-        if node.id != place or any(not 0 <= a < place for a in node.args):
+        if node.id != place or (node.args and not 0 <= min(node.args) <= max(node.args) < place):
             raise PassError(f"%{node.id} stands at place {place} and takes {list(node.args)}: nodes are out of order")
         if isinstance(node.op, Take) and not all(isinstance(n.op, Input | Receive) for n in self.args(node)):
             raise PassError(f"%{node.id} takes rows of rows: a take reads an input, or what was received")
@@ -135,11 +135,12 @@ class Builder:
     def add(self, op: Op, *args: int) -> int:
         """Append a node, its type inferred, and return its id."""
         key = (op, args)
-        if key not in self._known:
+        found = self._known.get(key)
+        if found is None:
             inferred = _inferred(op, tuple([self._nodes[a].type for a in args]))
-            self._known[key] = len(self._nodes)
-            self._nodes.append(Node(len(self._nodes), op, args, inferred))
-        return self._known[key]
+            found = self._known[key] = len(self._nodes)
+            self._nodes.append(Node(found, op, args, inferred))
+        return found
 
     def type(self, node_id: int) -> TensorType:
         """Return the type of a node built earlier."""

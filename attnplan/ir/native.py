@@ -43,6 +43,10 @@ Window = tuple[int | None, int | None]
 EVERYTHING: Window = (None, None)
 
 
+OF_PAIRS = frozenset({"window", "causal-window", "documents"})
+"""What of a kernel's own knowledge is about which pairs meet: kernels that differ in the rest share what is found."""
+
+
 @attrs.frozen
 class Lowered:
     """A condition in the arguments of a kernel."""
@@ -69,7 +73,7 @@ def lowered(graph: Graph, node: Node, native: frozenset[str]) -> Lowered | None:
     assert isinstance(node.op, Attend)
     args = graph.args(node)
     whole = not any(isinstance(n.op, Take) for n in args)
-    return _lowered(node.op, args[0].type.rows, args[1].type.rows, whole, native)
+    return _lowered(node.op, args[0].type.rows, args[1].type.rows, whole, native & OF_PAIRS)
 
 
 @lru_cache(maxsize=1024)

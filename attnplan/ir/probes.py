@@ -110,6 +110,7 @@ Place = tuple[int, int, int]
 """A head, the position of a query, and the position of a key."""
 Spans = tuple[Span, Span, Span]
 """Which heads, queries and keys a condition admits."""
+_UNLIMITED: Spans = (EVERYWHERE, EVERYWHERE, EVERYWHERE)
 
 
 @attrs.frozen
@@ -130,9 +131,25 @@ class _Affine:
             return 0
         cut = [r != (s, e + 1) for r, s, e in zip(ranges, start, last, strict=True)]
         left: Spans = tuple(span if c else EVERYWHERE for span, c in zip(spans, cut, strict=True))  # type: ignore[assignment]
+        if left == _UNLIMITED:
+            return self._whole(axes, start, kv_head)
         if not axes:
             return self._block(start, kv_head, left)
         return self._along(axes[0], axes[1:], start, kv_head, left)
+
+    def _whole(self, axes: Sequence[_Axis], start: Place, kv_head: int) -> int:
+        """Return the sum where no end of the condition falls inside an axis: each is a factor."""
+        total = self._block(start, kv_head, _UNLIMITED)
+        for axis in axes:
+            self._check_drift(axis)
+            if axis.size > 1:
+                total = total * self.probe.pairs.geometric(self._ratio(axis), axis.size) % PRIME
+        return total
+
+    def _check_drift(self, axis: _Axis) -> None:
+        drift = axis.steps[1] - axis.steps[2]
+        if axis.size > 1 and ((self.condition.banded and drift) or drift % self.condition.period):
+            raise PassError(f"attend where {self.op.where!r}: queries and keys drift apart along a batch axis")
 
     def _extents(self, axes: Sequence[_Axis]) -> Place:
         """Return how far the last head, query and key lie beyond the first."""
@@ -142,9 +159,7 @@ class _Affine:
 
     def _along(self, axis: _Axis, rest: Sequence[_Axis], start: Place, kv_head: int, spans: Spans) -> int:
         """Sum along one axis: steps that lie in the spans together, those that cross an end one by one."""
-        drift = axis.steps[1] - axis.steps[2]
-        if axis.size > 1 and ((self.condition.banded and drift) or drift % self.condition.period):
-            raise PassError(f"attend where {self.op.where!r}: queries and keys drift apart along a batch axis")
+        self._check_drift(axis)
         reach = self._extents(rest)
         inside, touched = (0, axis.size), (0, axis.size)
         free = list(spans)

@@ -178,7 +178,7 @@ def _regions(length: int, queries: Range, keys: Range) -> Iterator[Region]:
 
 def _uniform(box: Box, region: Region, rate: int) -> Iterator[Box]:
     """Cut a box until all its offsets have the same numbers of rows."""
-    extents = {region.extent(o, rate) for o in box.offsets()}
+    extents = {region.extent(o, rate) for o in set(box.offsets())}
     if len(extents) <= 1:
         yield box
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import MutableMapping
 
 import attrs
 
@@ -33,7 +32,14 @@ class Step:
         return self.rewrite.name
 
 
-Memo = MutableMapping[tuple[Graph, Pass], Step]
+@attrs.frozen
+class Memo:
+    """What has run for one spec."""
+
+    steps: dict[tuple[Graph, Pass], Step] = attrs.field(factory=dict)
+    """By the graph that a pass got, and the pass."""
+    proven: set[Graph] = attrs.field(factory=set)
+    """The lowerings that were proved."""
 
 
 @attrs.frozen
@@ -52,8 +58,8 @@ class Pipeline:
         expected
             The coverage of the spec.
         memo
-            Steps that have run for this spec, by the graph that they got and the pass; new ones are added. A pass is a
-            function of its graph, so pipelines share what they have in common.
+            What has run for this spec; what runs is added. A pass is a function of its graph, so pipelines share what
+            they have in common.
 
         Raises
         ------
@@ -62,15 +68,17 @@ class Pipeline:
         VerifyError
             If a pass changes what is computed.
         """
-        memo = {} if memo is None else memo
-        if not memo:
+        memo = Memo() if memo is None else memo
+        if graph not in memo.proven:
             _verify(graph, expected, "lowering")
+            memo.proven.add(graph)
         steps: list[Step] = []
         for rewrite in self.passes:
             key = (steps[-1].graph if steps else graph, rewrite)
-            if key not in memo:
-                memo[key] = _step(rewrite, key[0], expected)
-            steps.append(memo[key])
+            step = memo.steps.get(key)
+            if step is None:
+                step = memo.steps[key] = _step(rewrite, key[0], expected)
+            steps.append(step)
         return (steps[-1].graph if steps else graph), tuple(steps)
 
 
