@@ -14,6 +14,7 @@ import torch
 
 from attnplan.packages import PACKAGES, installed
 from attnplan.runtime.clock import uncollected
+from bench.cores import on_the_fastest
 from bench.deadline import deadline
 
 Call = Callable[[], Any]
@@ -59,11 +60,11 @@ def _on_cpu(run: Call) -> float:
 def host(contestants: dict[str, Call], rounds: int, calls: int, *, on_gpu: bool) -> dict[str, list[float]]:
     """Return the host time of a call in each round, several of them one after the other without waiting for the device.
 
-    All contestants of a round run within milliseconds: a host whose pace changes by half from one to the next is
-    compared with itself.
+    All contestants of a round run within milliseconds, on the cores that were fastest before: a host whose pace changes
+    by half from one to the next is compared with itself.
     """
     found: dict[str, list[float]] = {name: [] for name in contestants}
-    with uncollected():
+    with on_the_fastest(), uncollected():
         for _ in range(rounds):
             for name, run in contestants.items():
                 run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import attrs
@@ -15,6 +16,7 @@ from attnplan.harness.entrants import Asked, contest, contestants
 from attnplan.harness.peers import BLOCK_MASK_ELEMENTS, MASK_ELEMENTS, contestants_by_hand
 from attnplan.runtime.clock import Plenty
 from attnplan.search import lowerings_clear
+from bench.cores import on_the_fastest
 from bench.grid import Case
 
 FLEX_COST = 25.0
@@ -98,7 +100,13 @@ def measure(
     case = job.case
     facts = {"spec": case.name, "family": case.family, "mode": "training" if case.spec.training else "forward"}
     sizes: dict[str, int] = {}
-    watch = lambda name: gate(name, sizes.get(name, BY_HAND_BYTES))  # noqa: E731
+    cores, host = ExitStack(), Row()
+
+    def watch(name: str) -> None:
+        gate(name, sizes.get(name, BY_HAND_BYTES))
+        if name == RACE and rules.gpu:  # a race that hangs ends with its process
+            host.update(cores.enter_context(on_the_fastest()))
+
     asked = attrs.evolve(_asked(job, rules), watch=watch, clock=clock)
     start = time.perf_counter()
     entrants, rows = contestants(case.spec, rules.target, asked)
@@ -113,8 +121,9 @@ def measure(
     lowerings_clear()
     taking_part = [e for e in (*entrants, *hand) if e.name not in job.broken]
     rows += others
-    rows += list(contest(case.spec, rules.target, taking_part, asked, case.operands))
-    return [{**facts, **row} for row in rows if "refused" not in row]
+    with cores:
+        rows += list(contest(case.spec, rules.target, taking_part, asked, case.operands))
+    return [{**facts, **row, **(host if "seconds" in row else {})} for row in rows if "refused" not in row]
 
 
 def _asked(job: Job, rules: Rules) -> Asked:
