@@ -31,6 +31,11 @@ CALLS = 100_000
 
 The 6 to 10 seconds of FlexAttention are then 60 to 100 us a call.
 """
+UNTRIED = 1.05
+"""By how much longer the prediction of a schedule that was never run on hardware counts: near ties go to tried ones.
+
+No measurement stands behind its price, and none behind its numbers.
+"""
 
 
 @attrs.frozen
@@ -71,7 +76,10 @@ class Found:
     backend: Backend
     schedule: Schedule
     candidates: tuple[Candidate, ...]
-    """Every candidate: the accepted ones by predicted time, their share of compiling included, then the refused."""
+    """Every candidate: the accepted ones by predicted time, their share of compiling included, then the refused.
+
+    One that was never run on hardware stands where a prediction longer by :data:`UNTRIED` would.
+    """
     calls: int = CALLS
     """Calls over which compiling was spread."""
 
@@ -171,7 +179,7 @@ def search(
     refused = [_over_budget(o[3], budget, max_memory) for o in options if id(o) not in kept]
     if not fitting:
         raise _nothing_fits(spec, target, options, refused, max_memory, loops=loops)
-    fitting.sort(key=lambda o: _spread(o[3].prediction, calls))
+    fitting.sort(key=lambda o: _rank(o, calls))
     lowered, chosen_backend, schedule, candidate = fitting[0]
     return Found(lowered, candidate, chosen_backend, schedule, (*(o[3] for o in fitting), *refused), calls)
 
@@ -181,10 +189,16 @@ def _spread(prediction: Prediction | None, calls: int) -> float:
     return float("inf") if prediction is None else prediction.seconds + prediction.compile_seconds / calls
 
 
+def _rank(option: Option, calls: int) -> float:
+    """Return the seconds by which options are compared: a kernel that nobody has run has to be clearly faster."""
+    _, _, schedule, candidate = option
+    return _spread(candidate.prediction, calls) * (1.0 if schedule.tested else UNTRIED)
+
+
 def candidates(spec: AttentionSpec, target: Target) -> tuple[Candidate, ...]:
     """Return every candidate, the accepted ones by predicted time, whether or not any can run."""
-    found = [option[3] for option in _options(spec, target, "auto", "auto")]
-    return tuple(sorted(found, key=lambda c: _spread(c.prediction, CALLS)))
+    found = sorted(_options(spec, target, "auto", "auto"), key=lambda o: _rank(o, CALLS))
+    return tuple(option[3] for option in found)
 
 
 def every_way(spec: AttentionSpec, target: Target) -> Iterator[tuple[Candidate, Found | None]]:

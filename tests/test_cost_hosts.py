@@ -7,8 +7,9 @@ from math import prod
 import attrs
 import pytest
 
-from attnplan import AttentionSpec
+from attnplan import AttentionSpec, search
 from attnplan import patterns as P
+from attnplan.backends import eager
 from attnplan.cost import Cost, price, resolve
 from attnplan.cost.model import demands, timed
 from attnplan.cost.parameters import CALIBRATED, defaults
@@ -154,3 +155,17 @@ def test_plain_torch_makes_indices_for_rows_and_a_mask_for_causal_ones():
     assert views_by_attend(spec_of(), "dense > eager (math)") == [(False, 0)]
     whole, causal = (cost_of(spec_of(causal=c), "dense > eager (math)") for c in (False, True))
     assert causal.launches == whole.launches + 6
+
+
+@pytest.mark.parametrize(("longer", "chosen"), [(1.0, "efficient"), (1.04, "efficient"), (1.06, "cudnn")])
+def test_of_near_ties_the_schedule_wins_that_was_run_on_hardware(longer, chosen, monkeypatch):
+    untried = attrs.evolve(eager.CUDNN, tested="")
+    monkeypatch.setattr(eager.Eager, "schedules", lambda self, device: (untried, eager.EFFICIENT))
+    price_of = search.priced
+
+    def priced_so(graph, spec, schedule, target):
+        return attrs.evolve(price_of(graph, spec, schedule, target), seconds=1.0 if schedule is untried else longer)
+
+    monkeypatch.setattr(search, "priced", priced_so)
+    found = search.search(spec_of(causal=True), TARGET, backend="eager")
+    assert found.schedule.name == found.candidates[0].schedule == chosen
