@@ -16,7 +16,6 @@ from attnplan.cost.work import attend_work, needs_mask, with_tiles
 from attnplan.errors import PassError
 from attnplan.ir import Attend, Input, Merge, Mix, Node, Op, Output, Receive, Take
 from attnplan.ir.launch import launches
-from attnplan.ir.native import lowered
 from attnplan.ir.ops import disjoint
 from attnplan.ir.slots import mask_rows, slot_condition
 
@@ -57,22 +56,6 @@ class Cost:
 
 FREE = Cost()
 """What costs nothing."""
-
-
-def mask_bytes(node: Node, setting: Setting) -> int:
-    """Return the bytes of the masks that an attend needs: boolean, and added to scores in the dtype of q."""
-    op, (q, k) = node.op, (setting.graph[a].type.rows for a in node.args[:2])
-    assert isinstance(op, Attend)
-    if op.biases:  # what the operands make, and what is added to scores
-        return 2 * setting.batch * prod(q.sizes) * k.length * setting.accumulator
-    if setting.kernel.skips and not op.biases:
-        return attend_tiles(with_tiles(op, setting.kernel), q, k, setting.spec) * 8 if needs_mask(node, setting) else 0
-    if op.tile is not None:  # the table, and the masks of one batch of tiles
-        return attend_tiles(op, q, k, setting.spec) * 40 + 2**20
-    if slot_condition(op, q, k) != "mask" or lowered(setting.graph, node, setting.kernel.native) is not None:
-        return 0
-    whole = mask_spread(op, q, k, setting.spec)
-    return (whole or mask_elements(op, *mask_rows(op, q, k), setting.batch, setting.spec)) * (1 + setting.item)
 
 
 def launched_rows(setting: Setting) -> dict[int, float]:
@@ -134,20 +117,27 @@ def _attend(node: Node, setting: Setting) -> Cost:
 
 
 def _mask_traffic(node: Node, setting: Setting, *, masked: bool) -> tuple[float, float]:
-    """Return the bytes of a mask that the kernel moves, and those that operators move before it.
+    """Return the bytes of a mask that the kernel moves, and those that operators move before a fused one.
 
     They copy the boolean where no strides express it; fill zeros, read the boolean, write and read its complement, read
     and write what is added, and look for rows without a key.
     """
-    op, kernel, item = node.op, setting.kernel, setting.item
+    op, (q, k) = node.op, (setting.graph[a].type.rows for a in node.args[:2])
+    kernel, item = setting.kernel, setting.item
     assert isinstance(op, Attend)
-    if kernel.materialises or kernel.skips or op.biases or not masked:
-        return 3.0 * mask_bytes(node, setting), 0.0
-    q, k = (setting.graph[a].type.rows for a in node.args[:2])
+    if op.biases:  # what the operands make, and what is added to scores
+        return 6.0 * setting.batch * prod(q.sizes) * k.length * setting.accumulator, 0.0
+    if kernel.skips:  # its tables
+        tiles = attend_tiles(with_tiles(op, kernel), q, k, setting.spec) if needs_mask(node, setting) else 0
+        return 24.0 * tiles, 0.0
+    if not masked:
+        return 0.0, 0.0
     elements = mask_elements(op, *mask_rows(op, q, k), setting.batch, setting.spec)
     whole = mask_spread(op, q, k, setting.spec)
-    arriving = _OF_COMPARED * elements * _arrives(op)
     added = whole or elements
+    if kernel.materialises:  # the boolean, and what is added to scores
+        return 3.0 * (1 + item) * added, 0.0
+    arriving = _OF_COMPARED * elements * _arrives(op)
     return float(item * added), arriving + (elements + whole if whole else 0) + (3 * item + 4) * added
 
 
