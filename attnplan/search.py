@@ -328,8 +328,9 @@ def _fitted(spec: AttentionSpec, target: Target, options: Sequence[Option], budg
 
 def fusion_missing(graph: Graph, target: Target) -> Iterator[str]:
     """Yield why this machine cannot run the kernels of our own that a graph asks for."""
-    joins = [n.op for n in graph if isinstance(n.op, Merge | Mix)]
-    if target.torch_device is None or target.device.kind != "cuda" or not any(op.pull for op in joins):
+    if target.torch_device is None or target.device.kind != "cuda":
+        return
+    if not any(n.op.pull for n in graph if isinstance(n.op, Merge | Mix)):
         return
     failure = import_failure("triton")
     if failure is not None:

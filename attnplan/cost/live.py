@@ -23,13 +23,13 @@ from attnplan.ir.slots import mask_rows, slot_condition
 
 
 @lru_cache(maxsize=256)
-def _freed(graph: Graph) -> tuple[tuple[int, ...], ...]:
-    """Return the values that each node is the last to use, by its id."""
+def _computed(graph: Graph) -> tuple[tuple[Node, tuple[int, ...]], ...]:
+    """Return the attends and joins in order, each with the values that it is the last to use."""
     last_use = {arg: node.id for node in graph for arg in node.args}
-    found: list[list[int]] = [[] for _ in graph]
+    freed: dict[int, list[int]] = {}
     for value, node_id in last_use.items():
-        found[node_id].append(value)
-    return tuple(map(tuple, found))
+        freed.setdefault(node_id, []).append(value)
+    return tuple((n, tuple(freed.get(n.id, ()))) for n in graph if isinstance(n.op, Attend | Merge | Mix))
 
 
 class Live:
@@ -61,24 +61,21 @@ class Live:
 
     def inference(self) -> Memory:
         """Return the peak of a forward that keeps nothing for a backward."""
-        freed = _freed(self.graph)
         sizes: dict[int, int] = {}
         peak = Memory()
         last = max(node.id for node, _ in self.graph.of(Attend))
         whole = live = self.output_bytes if self.made_first else 0
-        for node in self.graph:
+        for node, freed in _computed(self.graph):
             wide = self.wide if self.plain and node.id <= last else 0  # until no attend of plain torch needs them
             if isinstance(node.op, Attend):
                 own, now = self._attend(node)
                 there = self.masks + self._round(live)
                 peak = larger(peak, Memory(there + now.workspace, wide + now.gathered, now.saved))
-            elif isinstance(node.op, Merge | Mix):
+            else:
                 own, extra = self._join(node)
                 peak = larger(peak, Memory(self.masks + self._round(live) + own + extra, wide))
-            else:
-                continue
             sizes[node.id] = own
-            live += own - sum([sizes.pop(value, 0) for value in freed[node.id]])
+            live += own - sum([sizes.pop(value, 0) for value in freed])
         finish = self._round(live) + (self.output_bytes if self._casts() else 0)
         output = self.graph.output
         if isinstance(output.op, Output) and output.op.sinks:

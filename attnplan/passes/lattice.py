@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import reduce
-from itertools import pairwise, product
+from itertools import pairwise
 from math import lcm
 from operator import and_
 from typing import ClassVar
@@ -50,10 +50,10 @@ class Box:
     offset: int
     steps: tuple[int, ...]
 
-    def offsets(self) -> Iterator[int]:
-        """Iterate over the offsets inside the box."""
-        for index in product(*(range(n) for n in self.sizes)):
-            yield self.offset + sum(i * s for i, s in zip(index, self.steps, strict=True))
+    def offsets(self) -> Range:
+        """Return the least and the greatest offset inside the box."""
+        moves = [(n - 1) * step for n, step in zip(self.sizes, self.steps, strict=True)]
+        return self.offset + sum(m for m in moves if m < 0), self.offset + sum(m for m in moves if m > 0)
 
     def cut(self, axis: int, at: int) -> tuple[Box, Box]:
         """Return the parts before and from index ``at`` of ``axis``."""
@@ -177,9 +177,13 @@ def _regions(length: int, queries: Range, keys: Range) -> Iterator[Region]:
 
 
 def _uniform(box: Box, region: Region, rate: int) -> Iterator[Box]:
-    """Cut a box until all its offsets have the same numbers of rows."""
-    extents = {region.extent(o, rate) for o in set(box.offsets())}
-    if len(extents) <= 1:
+    """Cut a box until all its offsets have the same numbers of rows.
+
+    As the offset grows fewer rows are skipped, and fewer are left while as many are skipped: what holds for the least
+    and the greatest offset holds for all between them.
+    """
+    least, greatest = box.offsets()
+    if region.extent(least, rate) == region.extent(greatest, rate):
         yield box
         return
     axis = next(i for i, (n, s) in enumerate(zip(box.sizes, box.steps, strict=True)) if n > 1 and s)
