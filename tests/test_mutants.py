@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
-    """Eighty random mutants, judged; the run fails before the first if the unmutated code does not pass."""
+    """Forty random mutants, judged; the run fails before the first if the unmutated code does not pass."""
     folder = tmp_path_factory.mktemp("mutants")
-    options = ["--sample", "80", "--seed", "0", "--json", str(folder / "run.json"), "--docs", str(folder / "run.md")]
+    options = ["--sample", "40", "--seed", "1", "--json", str(folder / "run.json"), "--docs", str(folder / "run.md")]
     result = CliRunner().invoke(main, options, catch_exceptions=False)
     assert result.exit_code == 0
     return json.loads((folder / "run.json").read_text()), (folder / "run.md").read_text(), result.output
@@ -27,8 +27,8 @@ def sample(tmp_path_factory):
 
 def test_the_proof_catches_a_sample_of_mutants(sample):
     figures = sample[0]["summary"]
-    assert figures["mutants"] == 80
-    assert figures["caught"] >= 15  # a third of all are
+    assert figures["mutants"] == 40
+    assert figures["caught"] >= 10
     assert figures["rate"] >= 0.95
     assert figures["timeout"] == 0
 
