@@ -305,14 +305,15 @@ def _way(spec: AttentionSpec, target: Target, backend: Backend, schedule: Schedu
 
 def _fitted(spec: AttentionSpec, target: Target, options: Sequence[Option], budget: int, calls: int) -> list[Option]:
     """Return a loop that fits for each option that does not fit and is faster than all that do."""
-    predictions = [o[3].prediction for o in options if o[3].prediction]
-    best = min((_spread(p, calls) for p in predictions if p.peak_bytes <= budget), default=float("inf"))
+    fits = [o for o in options if o[3].prediction and o[3].prediction.peak_bytes <= budget]
+    best = min((_rank(o, calls) for o in fits), default=float("inf"))
     found: list[Option] = []
     over = [o for o in options if o[3].prediction and o[3].prediction.peak_bytes > budget]
     hopeless: set[_Kind] = set()
-    for lowered, backend, schedule, candidate in sorted(over, key=lambda o: _spread(o[3].prediction, calls)):
-        if _spread(candidate.prediction, calls) >= best:  # a loop makes nothing faster
+    for option in sorted(over, key=lambda o: _rank(o, calls)):
+        if _rank(option, calls) >= best:  # a loop makes nothing faster
             break
+        lowered, backend, schedule, candidate = option
         if _memory_kind(lowered, schedule) in hopeless:
             continue
         fitted = fit(lowered.graph, _way(spec, target, backend, schedule), budget, spec_coverage(spec))
@@ -322,7 +323,7 @@ def _fitted(spec: AttentionSpec, target: Target, options: Sequence[Option], budg
             looped = attrs.evolve(lowered, graph=fitted.graph, steps=(*lowered.steps, *fitted.steps))
             chosen = attrs.evolve(candidate, prediction=fitted.prediction, loop=fitted.title)
             found.append((looped, backend, schedule, chosen))
-            best = min(best, _spread(fitted.prediction, calls))
+            best = min(best, _rank(found[-1], calls))
     return found
 
 
