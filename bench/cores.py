@@ -25,7 +25,10 @@ TURNS = 2
 
 
 def pace() -> float:
-    """Return the seconds of a fixed piece of plain Python, about a third of a millisecond."""
+    """Return the seconds of a fixed piece of plain Python, about a sixth of a millisecond.
+
+    That of :mod:`bench.spine` takes a hundred times as long, too long for every core before every race.
+    """
     start = time.perf_counter()
     found: dict[int, int] = {}
     for i in range(4000):

@@ -218,6 +218,7 @@ class _Clock:
         self.again = 2.0 if kernel.keeps else 2.5
         """Matrix products of a backward for each of the forward."""
         self._known: dict[tuple[int, int], tuple[float, float]] = {}
+        """Peak and half of each curve and width that was asked for."""
         self.shares = (1.0, 1.0)
         """Shares of the host's time that are left of a forward and of a backward."""
 

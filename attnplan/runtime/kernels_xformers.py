@@ -118,8 +118,9 @@ class XFormers(Opaque):
         operator, bare = self._operator(0), asked.mask is None and asked.bias is None and asked.documents is None
         key = (with_lse, type(bias), *((x.shape, x.stride(), x.dtype, x.device) for x in rows)) if bare else ()
         if key in self._checked:
-            given = dict(zip(("query", "key", "value"), rows, strict=True))
-            out, context = operator.apply(fmha().Inputs(**given, attn_bias=bias, scale=asked.scale), with_lse)
+            q, k, v = rows
+            given = fmha().Inputs(query=q, key=k, value=v, attn_bias=bias, scale=asked.scale)
+            out, context = operator.apply(given, with_lse)
             return out, context.lse if with_lse else None
         if with_lse:
             run = fmha().memory_efficient_attention_forward_requires_grad
