@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from attnplan.patterns.counts import count_pairs
 from attnplan.patterns.tiles import block_table
 from attnplan.runtime.tiles import TileBuilder
 from attnplan.verify import relative_error
-from bench.spine import interleaved, summary
+from bench.spine import beside_pace, interleaved, pace, summary
 
 MILLION = 1_048_576
 TABLES = {
@@ -49,25 +48,50 @@ SPEEDS = {
 }
 
 
+def _peak_kib(reset: bool = False) -> int:
+    """Return the most memory that this process has held since the last reset, itself and not its parent.
+
+    ``ru_maxrss`` outlives ``exec``: a child of a large process would seem to need nothing.
+    """
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
 def table(text: str, length: int, heads: int, rounds: int = 5) -> dict[str, Any]:
-    """Build one table several times, in this process; the first time counts too, and is listed."""
+    """Build one table several times, in this process; the first time counts too, and is listed.
+
+    ``at_pace_seconds`` are those of the processor, each but the first divided by how much slower than
+    :data:`~bench.spine.PACE` plain Python was beside it. The first, in whose heap nothing is free yet, is that of the
+    peak.
+    """
     pattern, shape = P.parse(text).bind(heads), P.Shape(length, length, heads)
-    block_table(P.causal(), P.Shape(256, 256, 1))  # what is imported at first use is part of the baseline
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds, refused, kept, pairs = [], None, None, None
-    for _ in range(rounds):
-        start = time.thread_time()
+    refused, kept, pairs = None, None, None
+
+    def build() -> None:
+        nonlocal refused, kept, pairs
         try:
             built = block_table(pattern, shape)
             kept, pairs = len(built.column), built.count_pairs()
         except attnplan.errors.SpecError as error:
             refused = str(error)
-        seconds.append(time.thread_time() - start)
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+
+    block_table(P.causal(), P.Shape(256, 256, 1))  # what is imported at first use is part of the baseline
+    before, start = _peak_kib(reset=True), time.process_time()
+    build()
+    cpu = [time.process_time() - start]
+    peak, at_pace = (_peak_kib() - before) / 2**10, cpu.copy()
+    pace()  # the first one is slow
+    for _ in range(rounds - 1):
+        _, seconds, slower = beside_pace(build)
+        cpu.append(seconds)
+        at_pace.append(seconds / slower)
     exact = None if refused else pairs == count_pairs(pattern, shape)
     return {
-        "cpu_seconds": summary(seconds),
-        "first": seconds[0],
+        "cpu_seconds": summary(cpu),
+        "at_pace_seconds": summary(at_pace),
+        "first": cpu[0],
         "peak_mib": peak,
         "tiles": kept,
         "counts_agree": exact,

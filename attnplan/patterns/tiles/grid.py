@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import attrs
 import numpy as np
 
@@ -65,6 +67,14 @@ class Grid:
     def width(self, column: Ints) -> Ints:
         """Return the number of keys in tile columns."""
         return np.minimum(self.tile[1], self.keys - column * self.tile[1])
+
+    def area(self, row: Ints, column: Ints) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """Return the number of pairs in tiles."""
+        area = np.full(len(row), self.tile[0] * self.tile[1], dtype=np.int32)
+        if self.queries % self.tile[0] or self.keys % self.tile[1]:
+            edge = np.flatnonzero((row == self.rows - 1) | (column == self.columns - 1))  # all others are whole
+            area[edge] = self.height(row[edge]) * self.width(column[edge])
+        return area
 
     def touched(self, low: Ints, high: Ints) -> tuple[Ints, Ints]:
         """Return the columns [first, stop) that hold any key of the positions [low, high)."""

@@ -127,9 +127,9 @@ class Runs:
 
     def tiles(self) -> tuple[Ints, Ints, Any]:
         """Return (row, column, state) of every tile that is not known to be empty, in order."""
-        lengths = self.lengths()
         some = self.state > EMPTY
-        counts, starts = lengths[some], self.key[some]
+        counts = self.lengths()[some]
+        row, start = np.divmod(self.key[some], self.columns)
         before = np.cumsum(counts) - counts
-        place = np.arange(int(counts.sum())) + np.repeat(starts - before, counts)
-        return place // self.columns, place % self.columns, np.repeat(self.state[some], counts)
+        column = np.arange(int(counts.sum())) + np.repeat(start - before, counts)
+        return np.repeat(row, counts), column, np.repeat(self.state[some], counts)

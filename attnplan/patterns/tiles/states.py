@@ -15,6 +15,7 @@ import numpy as np
 
 from attnplan.patterns.bands import Band, Full
 from attnplan.patterns.base import And, Not, Or, Pattern
+from attnplan.patterns.blocks import BlockWindow
 from attnplan.patterns.keys import GlobalTokens, Sinks
 from attnplan.patterns.operands import Documents, Padding
 from attnplan.patterns.segments import Dilated, Heads
@@ -23,6 +24,17 @@ from attnplan.patterns.tiles.runs import EMPTY, FULL, MAYBE, Runs
 
 Tables = Mapping[str, Any]
 """One-dimensional tables of one batch element, indexed by position."""
+
+
+_FEW_RUNS = (And, Or, Not, Full, Heads, Band, Sinks, Documents, Dilated, BlockWindow)
+
+
+def few_runs(pattern: Pattern) -> bool:
+    """Return whether the rules of a pattern find a handful of runs in a row of tiles, however long it is."""
+    return all(
+        isinstance(p, _FEW_RUNS) or (isinstance(p, GlobalTokens) and p.indices[-1] == len(p.indices) - 1)
+        for p in pattern.walk()
+    )
 
 
 @singledispatch

@@ -6,6 +6,7 @@ Cost: the kept tiles, plus one evaluation of ``pairs`` for every distinct tile t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import attrs
@@ -16,13 +17,14 @@ from attnplan.patterns.base import Pattern, Shape
 from attnplan.patterns.tiles.grid import Grid
 from attnplan.patterns.tiles.runs import EMPTY, FULL, MAYBE, Runs
 from attnplan.patterns.tiles.signatures import classes, signature
-from attnplan.patterns.tiles.states import runs
+from attnplan.patterns.tiles.states import few_runs, runs
 from attnplan.units import format_bytes
 
 MAX_BYTES = 256 * 2**20
 MAX_PAIRS_ASKED = 2**32
-_ROWS_AT_ONCE = 1 << 15
-_TILES_AT_ONCE = 1 << 18
+_ROWS_AT_ONCE = 1 << 13
+_RULED_AT_ONCE = 1 << 22
+_TILES_AT_ONCE = 1 << 16
 _PAIRS_AT_ONCE = 1 << 20
 _BYTES_PER_TILE = 13
 
@@ -85,8 +87,8 @@ class BlockTable:
     def count_pairs(self) -> int:
         """Return the number of pairs of all heads and batch elements together."""
         ends = self.row_ptr[:: self.grid.rows]
-        before = np.append(0, np.cumsum(self.pairs, dtype=np.int64))
-        return int((before[ends[1:]] - before[ends[:-1]])[self.classes].sum())
+        of_class = np.array([self.pairs[a:b].sum(dtype=np.int64) for a, b in pairwise(ends)])
+        return int(of_class[self.classes].sum())
 
     def states(self, number: int = 0) -> np.ndarray:
         """Return every tile of one class, int8 ``[rows, columns]``: 0 empty, 1 partial, 2 full. For small tables."""
@@ -227,7 +229,9 @@ def _of_heads(pattern: Pattern, shape: Shape, grid: Grid, heads: Sequence[int]) 
 
 def _row_blocks(pattern: Pattern, grid: Grid, head: int, tables: Mapping[str, Any]) -> Iterator[tuple[Any, Runs]]:
     """Iterate over blocks of tile rows with their runs, so that memory stays small."""
-    at_once = max(1, min(_ROWS_AT_ONCE, 2**22 // grid.columns))  # a rule may need a byte for every tile
+    at_once = _ROWS_AT_ONCE
+    if not few_runs(pattern):  # a rule may need a byte for every tile
+        at_once = max(1, min(at_once, _RULED_AT_ONCE // grid.columns))
     for start in range(0, grid.rows, at_once):
         row = np.arange(start, min(start + at_once, grid.rows))
         yield row, runs(pattern, grid, row, head, tables)
@@ -267,20 +271,19 @@ class _Builder:
 
     def _block(self, row: Any, found: tuple[int, Runs], head: int, tables: Mapping[str, Any]) -> Any:
         first, part = found
-        row = row[first : first + part.rows]
+        grid, row = self.grid, row[first : first + part.rows]
         place, column, state = part.tiles()
-        height, width = self.grid.height(row)[place], self.grid.width(column)
-        pairs = height * width
         kind = np.zeros(len(column), dtype=np.int32)
+        pairs = grid.area(row[place], column)
         asked = np.flatnonzero(state < FULL)
-        kept = np.ones(len(column), dtype=bool)
         if len(asked):
-            extents = height[asked], width[asked]
-            corners = self.grid.first_query(row)[place[asked]], self.grid.first_key(column[asked])
+            below, right = row[place[asked]], column[asked]
+            corners, extents = (grid.first_query(below), grid.first_key(right)), (grid.height(below), grid.width(right))
             pairs[asked], kind[asked] = self._ask(corners, extents, head, tables)
-            kept = pairs > 0
-        counts = np.bincount(place[kept], minlength=len(row))
-        return counts, column[kept].astype(np.int32), kind[kept], pairs[kept].astype(np.int32)
+            if not pairs.all():
+                kept = pairs > 0
+                place, column, kind, pairs = place[kept], column[kept], kind[kept], pairs[kept]
+        return np.bincount(place, minlength=len(row)), column.astype(np.int32), kind, pairs
 
     def _ask(self, corners: Any, extents: Any, head: int, tables: Mapping[str, Any]) -> tuple[Any, Any]:
         """Return the number of pairs of some tiles, and their kinds: 0 if full, 1 + place of the mask otherwise."""
