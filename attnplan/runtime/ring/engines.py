@@ -142,8 +142,8 @@ class VirtualEngine:
         return self._shard(rank, side).gather([x], x)
 
     def _join(self, side: int, parts: Sequence[Tensor], whole: Tensor) -> None:
-        for i, part in enumerate(parts):
-            self._shard(i, side).scatter(part, [whole])
+        held = tuple(rank.keys if side else rank.queries for rank in self.ranks)
+        assembly(self._whole[side], held).fill(whole, parts)
 
 
 class RealEngine:

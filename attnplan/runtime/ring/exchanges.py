@@ -22,7 +22,7 @@ Sizes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 @attrs.frozen(eq=False)
 class Start:
-    """Begin to send and receive. Every message is a tuple of contiguous tensors."""
+    """Begin to send and receive. A message may be views of what its sender holds, who does not write to it."""
 
     name: str
     """What it is for, as errors say it: ``"keys and values"``, ``"gradients of keys and values"``, ``"queries"``..."""

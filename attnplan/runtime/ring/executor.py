@@ -81,7 +81,7 @@ class Route:
         """Return what goes to each peer."""
         found: dict[int, tuple[Tensor, ...]] = {}
         for plan, peers in self.sends:
-            packed = tuple(plan.gather([x], x).contiguous() for x in tensors)
+            packed = tuple(plan.gather([x], x) for x in tensors)
             found.update(dict.fromkeys(peers, packed))
         return found
 
@@ -224,17 +224,21 @@ class Rank:
         source = 0 if plan is None else plan.same
         if gradient is not None and source == 0:
             own.add(gradient)
-        homes = {}
+        homes: dict[int, Tensor] = {}
         for place, peer in enumerate(peers, start=1):
             like = received[peer][i]
             wide = accumulator(like.dtype)
             if gradient is not None and source == place:  # the store is this message
                 homes[peer] = torch.empty_like(like, dtype=wide).copy_(gradient)
+            elif (
+                gradient is not None and plan is not None and place in plan.whole
+            ):  # its rows lie together in the store
+                homes[peer] = plan.whole[place].of(gradient).to(wide)
             else:
                 homes[peer] = torch.zeros_like(like, dtype=wide)
         if gradient is not None and source is None:
             assert plan is not None
-            plan.add(gradient, [own.dense(), *homes.values()])
+            plan.add(gradient, [own.dense(), *homes.values()], but=plan.whole)
         return homes
 
     def _add_arrived(self, exchange: Exchange, arrived: Received, totals: Sequence[Sum]) -> None:

@@ -32,6 +32,10 @@ class Piece:
         """Return this piece's rows of a tensor of all rows."""
         return x if self.rows is None else x.narrow(2, *self.rows)
 
+    def is_whole(self, length: int) -> bool:
+        """Return whether it has all of ``length`` rows."""
+        return self.rows is None or self.rows == (0, length)
+
 
 def merge_parts(pieces: Sequence[Piece], q: Tensor, dtype: torch.dtype, *, over: bool = False) -> Pair:
     """Return output in ``dtype`` and LSE of 1 to :data:`MOST` pieces, for all rows of ``q``.
@@ -42,17 +46,40 @@ def merge_parts(pieces: Sequence[Piece], q: Tensor, dtype: torch.dtype, *, over:
     lines = all(p.out.stride(-1) == 1 for p in pieces)
     if len(pieces) > 1 and _has_triton() and runs_triton(pieces[0].out) and lines:
         return _by_kernel(pieces, q, dtype, over)
-    wide = accumulator(q.dtype)
-    total = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
-    for p in pieces:
-        here = p.of(total)
-        here.copy_(torch.logaddexp(here, p.lse.to(wide)))
+    total = _lse_of_all(pieces, q)
     finite = total.masked_fill(total == -torch.inf, 0)  # -inf minus -inf would be NaN; such rows have weight 0
-    made = empty_like_rows(q, pieces[0].out.shape[-1], wide).zero_()
-    for p in pieces:
-        weight = torch.exp(p.lse.to(wide) - p.of(finite))
-        p.of(made).addcmul_(p.out.to(wide), weight.unsqueeze(-1))
-    return made.to(dtype), total
+    return _weighed(pieces, finite, q, over).to(dtype), total
+
+
+def _lse_of_all(pieces: Sequence[Piece], q: Tensor) -> Tensor:
+    wide, length = accumulator(q.dtype), q.shape[2]
+    if pieces[0].is_whole(length):
+        total, rest = pieces[0].lse.to(wide), pieces[1:]
+    else:
+        total, rest = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device), pieces
+    for p in rest:
+        lse = p.lse.to(wide)
+        if p.is_whole(length):
+            total = torch.logaddexp(total, lse)
+        else:
+            total = total.clone() if total is pieces[0].lse else total  # a part's is not ours to write to
+            here = p.of(total)
+            torch.logaddexp(here, lse, out=here)
+    return total
+
+
+def _weighed(pieces: Sequence[Piece], finite: Tensor, q: Tensor, over: bool) -> Tensor:
+    """Return the sum of outputs times their weights, where ``finite`` is the LSE of all of them, or 0."""
+    wide, first = finite.dtype, pieces[0]
+    weights = (p.lse.to(wide).sub(p.of(finite)).exp_().unsqueeze(-1) for p in pieces)
+    if not first.is_whole(q.shape[2]):
+        made, rest = empty_like_rows(q, first.out.shape[-1], wide).zero_(), pieces
+    else:
+        made, rest = first.out if over else empty_like_rows(q, first.out.shape[-1], wide), pieces[1:]
+        torch.mul(first.out.to(wide), next(weights), out=made)
+    for p, weight in zip(rest, weights, strict=True):
+        p.of(made).addcmul_(p.out.to(wide), weight)
+    return made
 
 
 @lru_cache(maxsize=1)

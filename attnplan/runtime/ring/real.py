@@ -88,8 +88,9 @@ class RealTransport:
 
     def _point_to_point(self, request: Start) -> Pending:
         received = {peer: self._empty(sizes) for peer, sizes in request.receives.items()}
+        sends = _contiguous(request.sends)
         operations = [
-            *(self._operation(dist.isend, x, peer, request, i) for peer, x, i in _numbered(request.sends)),
+            *(self._operation(dist.isend, x, peer, request, i) for peer, x, i in _numbered(sends)),
             *(self._operation(dist.irecv, x, peer, request, i) for peer, x, i in _numbered(received)),
         ]
         works: list[tuple[int, Any]] = []
@@ -98,7 +99,7 @@ class RealTransport:
             started = dist.batch_isend_irecv([operation for _, operation in batch])
             each = [peer for peer, _ in batch] if len(started) == len(batch) else [-1] * len(started)
             works += zip(each, started, strict=True)
-        return Pending(request, tuple(works), received, request.sends)
+        return Pending(request, tuple(works), received, sends)
 
     def _operation(self, kind: Any, x: Tensor, peer: int, request: Start, number: int) -> tuple[int, Any]:
         tag = (_PHASES.index(request.name) * _TENSORS + number) * (1 << 21) + max(request.hop, 0)
@@ -108,7 +109,7 @@ class RealTransport:
         """Return whether every rank sends the same number of bytes to every other, and the same tensors."""
         messages = list(request.sends.values())
         sizes = {size_of(m) for m in messages} | {size_in(s) for s in request.receives.values()}
-        same = all(_pointers(m) == _pointers(messages[0]) for m in messages)
+        same = all(m is messages[0] for m in messages)
         return len(messages) == len(request.receives) == self.ranks - 1 and len(sizes) == 1 and same
 
     def _all_gather(self, request: Start) -> Pending:
@@ -159,15 +160,17 @@ def _numbered(messages: Mapping[int, Sequence[Tensor]]) -> Iterator[tuple[int, T
                 yield peer, x, i
 
 
-def _pointers(message: Sequence[Tensor]) -> list[int]:
-    return [x.data_ptr() for x in message]
+def _contiguous(messages: Mapping[int, tuple[Tensor, ...]]) -> dict[int, tuple[Tensor, ...]]:
+    """Return messages as a process group takes them, one that goes to many copied once."""
+    made = {id(m): tuple(x.contiguous() for x in m) for m in messages.values()}
+    return {peer: made[id(m)] for peer, m in messages.items()}
 
 
 def _packed(message: Sequence[Tensor], device: torch.device) -> Tensor:
     """Return a message as bytes."""
     if not message:
         return torch.empty(0, dtype=torch.uint8, device=device)
-    return torch.cat([x.reshape(-1).view(torch.uint8) for x in message])
+    return torch.cat([x.contiguous().view(-1).view(torch.uint8) for x in message])
 
 
 def _unpacked(data: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:

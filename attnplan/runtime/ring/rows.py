@@ -7,7 +7,8 @@ wherever the maps are progressions, and by index where they are not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import attrs
@@ -20,6 +21,7 @@ from attnplan.errors import RingError
 from attnplan.ir import Axis, RowMap
 from attnplan.ring.program import kept_heads
 from attnplan.runtime import views
+from attnplan.runtime.ring.strips import Strip, Strips
 
 Maps = tuple[RowMap, ...]
 _MOST_VIEWS = 64
@@ -181,36 +183,53 @@ class Assembly:
     """The source that the tensor is, if it is one."""
     slice: bool = False
     """Whether it is a view of its one source."""
+    strips: Strips | None = None
+    """The same as strips along one dimension, if that is what it consists of."""
+    whole: Mapping[int, Strip] = attrs.field(factory=dict)
+    """Where all rows of a source lie in the tensor, in its order; for sources but the first, if they lie together."""
     _index: dict[tuple[int, int, str], tuple[Tensor, Tensor]] = attrs.field(factory=dict, init=False)
 
     @property
     def copies(self) -> bool:
-        """Whether rows are copied: the tensor is no source, and no view of one."""
+        """Whether rows may have to be copied: the tensor is no source, and no view of one."""
         return self.same is None and not self.slice
 
     def gather(self, sources: Sequence[Tensor], like: Tensor) -> Tensor:
-        """Return the tensor ``[B, heads, rows, D]``; a source itself where it is one.
+        """Return the tensor ``[B, heads, rows, D]``: a source, or a view of what the sources are of, where it is one.
 
         ``like`` gives batch size, features, dtype and device.
         """
         if self.same is not None:
             return sources[self.same]
         if self.slice:
-            assert isinstance(self.moves[0].there, RowMap)
-            return _view(sources[self.moves[0].source], self.moves[0].there)
+            move, strip = self.moves[0], None if self.strips is None else self.strips.strips[0]
+            assert isinstance(move.there, RowMap)
+            return _view(sources[move.source], move.there) if strip is None else strip.of(sources[strip.source])
+        beside = None if self.strips is None else self.strips.view(sources)
+        if beside is not None:
+            return beside
         made = like.new_empty((like.shape[0], self.wanted.heads, self.wanted.length, like.shape[-1]))
+        self.fill(made, sources)
+        return made
+
+    def fill(self, made: Tensor, sources: Sequence[Tensor]) -> None:
+        """Write the tensor."""
+        if self.strips is not None:
+            self.strips.fill(made, sources)
+            return
         for i, move in enumerate(self.moves):
             if isinstance(move.here, RowMap):
                 assert isinstance(move.there, RowMap)
                 _view(made, move.here).copy_(_view(sources[move.source], move.there))
             else:
-                here, there = self._at(i, 0, like.device), self._at(i, 1, like.device)
+                here, there = self._at(i, 0, made.device), self._at(i, 1, made.device)
                 made[:, here[0], here[1]] = sources[move.source][:, there[0], there[1]]
-        return made
 
-    def add(self, gradient: Tensor, totals: Sequence[Tensor]) -> None:
-        """Add the gradient of the tensor to those of its sources, in place."""
+    def add(self, gradient: Tensor, totals: Sequence[Tensor], but: Container[int] = ()) -> None:
+        """Add the gradient of the tensor to those of its sources, ``but`` some of them, in place."""
         for i, move in enumerate(self.moves):
+            if move.source in but:
+                continue
             total = totals[move.source]
             if isinstance(move.here, RowMap):
                 assert isinstance(move.there, RowMap)
@@ -274,7 +293,53 @@ def assembly(wanted: Holding, sources: tuple[Holding, ...]) -> Assembly:
             moves += found
     if rest:
         moves += _by_index(wanted, sources, rest)
-    return Assembly(wanted, tuple(moves), None, _is_slice(wanted, moves))
+    return Assembly(
+        wanted,
+        tuple(moves),
+        None,
+        _is_slice(wanted, moves),
+        _strips(wanted, moves),
+        dict(_whole_sources(sources, moves)),
+    )
+
+
+def _whole_sources(sources: Sequence[Holding], moves: Sequence[Move]) -> Iterator[tuple[int, Strip]]:
+    """Iterate over the sources but the first whose rows, all of them and in order, are one strip of the tensor."""
+    times = Counter(move.source for move in moves)
+    for move in moves:
+        if move.source == 0 or times[move.source] > 1:
+            continue
+        here, there = (Span.of(x) if isinstance(x, RowMap) else None for x in (move.here, move.there))
+        source = sources[move.source]
+        if here is not None and there == Span(0, source.heads, 0, 1, source.length) and here.heads == there.heads:
+            yield move.source, Strip(move.source, here.head, here.heads, here.start, here.step, here.count)
+
+
+def _strips(wanted: Holding, moves: Sequence[Move]) -> Strips | None:
+    """Return moves as strips along one dimension of a tensor; None if they are none, or leave gaps."""
+    found: list[tuple[Span, Strip]] = []
+    for move in moves:
+        here, there = (Span.of(x) if isinstance(x, RowMap) else None for x in (move.here, move.there))
+        if here is None or there is None or (here.heads, here.count) != (there.heads, there.count):
+            return None
+        if here.step != 1:
+            return None
+        found.append((here, Strip(move.source, there.head, there.heads, there.start, there.step, there.count)))
+    by_heads = {(at.start, at.count) for at, _ in found} == {(0, wanted.length)}
+    by_rows = {(at.head, at.heads) for at, _ in found} == {(0, wanted.heads)}
+    if not (by_heads or by_rows):
+        return None
+    dim = 2 if by_rows else 1
+    found.sort(key=lambda one: one[0].start if by_rows else one[0].head)
+    end = 0
+    for at, _ in found:
+        first, size = (at.start, at.count) if by_rows else (at.head, at.heads)
+        if first != end:
+            return None
+        end += size
+    return (
+        Strips(dim, tuple(strip for _, strip in found)) if end == (wanted.length if by_rows else wanted.heads) else None
+    )
 
 
 def _is_slice(wanted: Holding, moves: Sequence[Move]) -> bool:
