@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -119,25 +120,25 @@ def split_strategy(strategy: str) -> tuple[str, str]:
 
     Examples
     --------
-    >>> split_strategy("zigzag > ring"), split_strategy("rows")
-    (('zigzag', 'ring'), ('auto', 'rows'))
+    >>> split_strategy("zigzag > ring"), split_strategy("rows"), split_strategy("striped > hybrid 4x2")
+    (('zigzag', 'ring'), ('auto', 'rows'), ('striped', 'hybrid 4x2'))
     """
     if strategy == "auto":
         return "auto", "auto"
     names = [part.strip() for part in strategy.split(">")]
     known = [*LAYOUTS, *TRANSPORTS, "auto"]
+    bare = [re.sub(r"^hybrid +\d+x\d+$", "hybrid", name) for name in names]
     if len(names) == 1:
-        (name,) = names
-        if name in LAYOUTS:
-            return name, "auto"
-        if name in TRANSPORTS:
-            return "auto", name
-    elif len(names) == 2 and names[0] in (*LAYOUTS, "auto") and names[1] in (*TRANSPORTS, "auto"):
+        if bare[0] in LAYOUTS:
+            return names[0], "auto"
+        if bare[0] in TRANSPORTS:
+            return "auto", names[0]
+    elif len(names) == 2 and bare[0] in (*LAYOUTS, "auto") and bare[1] in (*TRANSPORTS, "auto"):
         return names[0], names[1]
-    bad = next((n for n in names if n not in known), strategy)
+    bad = next((n for n in bare if n not in known), strategy)
     raise SpecError(
         f"unknown strategy {strategy!r} for a ring{did_you_mean(bad, known)}; it is a layout, a transport, or both, "
-        "such as 'zigzag > ring'"
+        "such as 'zigzag > ring' or 'contiguous > hybrid 4x2'"
     )
 
 

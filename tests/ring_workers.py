@@ -157,7 +157,7 @@ def beside_virtual(rank: int, sizes: tuple[int, ...], cases: list[tuple[Attentio
         asked = Call.of(spec, operands, batch=2)
         if rank == 0:  # which compares for all
             here = attrs.evolve(spec, ring_size=mesh.size())
-            alone = attnplan.compile(here, device="cpu", strategy=strategy_of(plan, strategy))
+            alone = attnplan.compile(here, device="cpu", strategy=plan.strategy)
             want = asked.got(alone)
         rows = 2 if spec.layout == "bhsd" else 1
         given = [x.transpose(1, 2) if rows == 1 else x for x in asked.inputs]
@@ -189,10 +189,6 @@ def beside_virtual(rank: int, sizes: tuple[int, ...], cases: list[tuple[Attentio
                 assert torch.equal(a, b), f"{spec}, {plan}: {name} is off by {(a - b).abs().max():.2e}"
         ran += 1
     return ran
-
-
-def strategy_of(plan: Any, strategy: str) -> str:
-    return strategy if plan.transport == "hybrid" else f"{plan.layout} > {plan.transport}"
 
 
 def refused(action: Any, words: str) -> None:

@@ -190,6 +190,20 @@ def test_verify_and_explain() -> None:
     assert "# hop 0" in plan.source
 
 
+@pytest.mark.parametrize("shape", ["4x2", "2x4"])
+def test_the_shape_of_a_hybrid_can_be_pinned_by_the_name_that_plans_show(shape: str) -> None:
+    plan = attnplan.compile(spec_of("causal", ranks=8), device="cpu", strategy=f"contiguous > hybrid {shape}")
+    assert plan.strategy == f"contiguous > hybrid {shape}"
+    assert "x".join(map(str, plan.shape)) == shape
+    assert attnplan.compile(plan.spec, device="cpu", strategy=plan.strategy) is plan
+    call = Call.of(attrs.evolve(plan.spec, ring_size=1), batch=2)
+    assert_agree(call.got(plan), call.expected(), 1e-12, plan.strategy)
+    with pytest.raises(RingError, match=r"'hybrid 4x4' is for 16 ranks, there are 8"):
+        attnplan.compile(plan.spec, device="cpu", strategy="hybrid 4x4")
+    with pytest.raises(SpecError, match="unknown strategy 'ring 4x2' for a ring"):
+        attnplan.compile(plan.spec, device="cpu", strategy="ring 4x2")
+
+
 def test_equal_arguments_give_one_plan() -> None:
     spec = spec_of("window", 4, "float32")
     assert attnplan.compile(spec, device="cpu") is attnplan.compile(spec, device="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -115,7 +116,7 @@ def choose(
     device
         The device of each rank.
     layout, transport
-        Pin one of them.
+        Pin one of them; ``"hybrid 4x2"`` pins the groups of the ring, and the ranks of a group, too.
     kernels
         What may run the graphs of a rank; the fastest that does not refuse is priced.
     known
@@ -143,6 +144,7 @@ def choose(
     ('contiguous > halo', 1048576)
     """
     mesh = Mesh.of(mesh)
+    transport, shape = _pinned(transport, mesh)
     for name, given, names in (("layout", layout, LAYOUTS), ("transport", transport, TRANSPORTS)):
         if given not in ("auto", *names):
             raise RingError(f"unknown {name} {given!r}{did_you_mean(given, [*names, 'auto'])}")
@@ -151,7 +153,7 @@ def choose(
         candidate
         for each in LAYOUTS if layout in ("auto", each)
         for one in TRANSPORTS if transport in ("auto", one)
-        for candidate in _priced(pricer, each, one)
+        for candidate in _priced(pricer, each, one, shape)
     ]  # fmt: skip
     fitting = sorted((c for c in found if not c.refused), key=lambda c: c.seconds)
     while fitting and fitting[0].every > 1:  # what is chosen is planned hop by hop
@@ -167,9 +169,28 @@ def choose(
     return (*fitting, *(c for c in found if c.refused))
 
 
-def _priced(pricer: Pricer, layout: str, transport: str) -> Iterator[RingCandidate]:
-    for shape in _shapes(pricer.spec, pricer.mesh, transport):
-        yield _candidate(pricer, layout, transport, shape)
+def _pinned(transport: str, mesh: Mesh) -> tuple[str, tuple[int, int] | None]:
+    """Return a transport's name, and the shape that :attr:`RingCandidate.name` shows behind ``hybrid``, if it is there.
+
+    Examples
+    --------
+    >>> _pinned("hybrid 4x2", Mesh(1, 8)), _pinned("hybrid", Mesh(1, 8))
+    (('hybrid', (4, 2)), ('hybrid', None))
+    """
+    found = re.fullmatch(r"hybrid (\d+)x(\d+)", transport)
+    if found is None:
+        return transport, None
+    ring, ulysses = map(int, found.groups())
+    if ring * ulysses != mesh.ranks:
+        raise RingError(f"{transport!r} is for {ring * ulysses} ranks, there are {mesh.ranks}")
+    return "hybrid", (ring, ulysses)
+
+
+def _priced(
+    pricer: Pricer, layout: str, transport: str, shape: tuple[int, int] | None = None
+) -> Iterator[RingCandidate]:
+    for each in [shape] if shape else _shapes(pricer.spec, pricer.mesh, transport):
+        yield _candidate(pricer, layout, transport, each)
 
 
 def _candidate(
