@@ -57,13 +57,17 @@ def results_of(spec: AttentionSpec) -> int:
 
 
 def measured(row: Row, spec: AttentionSpec) -> int:
-    """Return the measured bytes beside inputs, output and gradients.
+    """Return the measured bytes beside inputs, output and gradients."""
+    return max(0, int(row["peak"]["allocated"]) - results_of(spec))
 
-    Where less stayed after the first call than was there before it, that is what an earlier contestant had left and the
-    collector took meanwhile: it was not there at the peak.
+
+def is_known(row: Row) -> bool:
+    """Return whether a row says what a call needs.
+
+    It does not where less stayed after the first call than was there before it: an earlier contestant had left
+    something, and the collector took it meanwhile. How much is not known, as tables of the plan may have stayed.
     """
-    left = min(0, row["peak"]["kept"])
-    return max(0, row["peak"]["allocated"] - left - results_of(spec))
+    return "peak" in row and row["peak"]["kept"] >= 0
 
 
 def peaks_of(judged: Sequence[Judged]) -> Iterator[Peak]:
@@ -76,7 +80,7 @@ def peaks_of(judged: Sequence[Judged]) -> Iterator[Peak]:
     for one in judged:
         spec = one.case.spec
         for way in one.own:
-            if way.peak is not None and "peak" in way.row:
+            if way.peak is not None and is_known(way.row):
                 peak = Peak(way, one.case.name, spec.training, way.peak, measured(way.row, spec))
                 least = found.setdefault((one.case.name, way.name), peak)
                 if peak.measured < least.measured:

@@ -312,6 +312,10 @@ def _first_of_each(at: tuple[Tensor, Tensor]) -> list[int]:
 def _checked(one: Contestant, inputs: Inputs, on_gpu: bool, clock: Callable[[], float]) -> Row:
     """Run a contestant twice: for its errors, and for its memory."""
     spec = inputs.spec
+    if on_gpu:
+        gc.collect(
+            1
+        )  # what a cycle of the contestant before holds, or it is gone at the peak and counts less than nothing
     start = clock()
     before = _allocated(on_gpu)
     error, gradient_error = inputs.errors(one.run)
