@@ -333,10 +333,11 @@ def rings(results: Results) -> Iterator[Target]:
 
 
 def main() -> None:
-    from bench.targets_longnet import longnet  # it imports this module
+    from bench.targets_longnet import longnet  # these import this module
+    from bench.targets_planner import planner
 
     results = Results(RESULTS)
-    for make in (backends, compiled, longnet, memory, rings):
+    for make in (backends, compiled, longnet, memory, rings, planner):
         print(f"\n{make.__name__}")
         for target in make(results):
             print(f"  {target.verdict:<12} {target.what}: {target.figure or '-'} ({target.limit}) {target.note}")
