@@ -179,6 +179,8 @@ def draw(found: Rows, path: Path) -> None:
             axes.plot(*zip(*small, strict=True), "o", markerfacecolor="white", color=line.get_color(), markersize=6)
     axes.set_xscale("log", base=2)
     axes.invert_xaxis()
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("memory budget, as a share of what the fastest plan needs")
     axes.set_ylabel("time, as a multiple of the fastest plan's")
     axes.grid(visible=True, alpha=0.3)
