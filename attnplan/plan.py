@@ -190,9 +190,7 @@ class Plan(Traced):
             If a kernel of another package fails and no other candidate may take over: the backend was pinned, the plan
             is ``strict``, or nothing else can run. Otherwise a ``RuntimeWarning`` names both.
         """
-        from torch.compiler import is_compiling
-
-        if is_compiling():
+        if self._is_compiling():
             return self._traced(q, k, v, return_lse, operands)
         if self._always_check or operands or return_lse or not self._seen_before(q, k, v):
             self._check_call(q, k, v, return_lse, operands)

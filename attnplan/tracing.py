@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from attnplan.backends import Backend, Program
@@ -16,6 +16,13 @@ from attnplan.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def _asks_torch() -> bool:
+    """Return whether a compiler traces this call; plans that run here ask torch itself, which needs no import."""
+    from torch.compiler import is_compiling
+
+    return is_compiling()
 
 
 class Traced:
@@ -33,6 +40,7 @@ class Traced:
     _fits: tuple[Any, ...] = ()
     _dtype: Any = None
     _kind = ""
+    _is_compiling: Callable[[], bool] = staticmethod(_asks_torch)
 
     if TYPE_CHECKING:  # defined by Plan
 
@@ -58,6 +66,7 @@ class Traced:
         from attnplan.runtime.planned import handle_of
 
         self._handle = handle_of(self)
+        self._is_compiling = torch.compiler.is_compiling
         shape, spec = self.spec.shape, self.spec
         self._fits = (
             (spec.heads, shape.seq_len, spec.head_dim),
